@@ -1,0 +1,110 @@
+"""The base model: any Hugging Face causal language model, resident in 4-bit NF4."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitsandbytes.functional import dequantize_4bit, has_avx512bf16
+from bitsandbytes.nn import Linear4bit
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from spieldose_kernels.base_spec import BaseSpec, fingerprint_checkpoint
+from spieldose_kernels.errors import BaseError
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """Hold a frozen 4-bit model, its tokenizer, and what deltas for it must match."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    spec: BaseSpec
+    layers: dict[str, Linear4bit]  # the target layers by module name
+
+
+def load_base(name: str, *, device: torch.device, compute_dtype: torch.dtype, fused: bool) -> Base:
+    """Load a causal language model in NF4 with double quantisation, or as NF4 already saved so.
+
+    `name` is a directory or a hub name. `fused` lets bitsandbytes repack weights for its fused CPU
+    product, which rounds activations and block scales to bfloat16 and has no gradient: leave it off
+    for training and wherever float32 must mean float32. Raises BaseError.
+    """
+    directory = _resolve(name)
+    try:
+        config = AutoConfig.from_pretrained(directory)
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        quantised = getattr(config, "quantization_config", None) is not None
+        arguments: dict[str, Any] = (
+            {} if quantised else {"quantization_config": _nf4(compute_dtype)}
+        )
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=compute_dtype, device_map={"": device}, **arguments
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise BaseError(
+            f"expected a causal language model at {name}, got: {_first_line(error)}"
+        ) from error
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, Linear4bit)}
+    _check_nf4(name, layers)
+    for layer in layers.values():
+        layer.compute_dtype = compute_dtype
+        layer.compute_type_is_set = True
+        if not (fused and compute_dtype == torch.bfloat16):
+            layer.support_avx512bf16_for_cpu = False
+    shapes = {path: (layer.out_features, layer.in_features) for path, layer in layers.items()}
+    spec = BaseSpec(name, fingerprint_checkpoint(directory), shapes)
+    return Base(model.eval().requires_grad_(False), tokenizer, spec, layers)
+
+
+def default_compute_dtype(device: torch.device) -> torch.dtype:
+    """Return bfloat16 where the hardware multiplies it, else float32."""
+    fast = device.type != "cpu" or has_avx512bf16()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def dequantised(layer: Linear4bit, dtype: torch.dtype) -> torch.Tensor:
+    """Return a layer's NF4 weight as a dense [R, C] tensor; the layer must not be repacked."""
+    weight: torch.Tensor = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    return weight.reshape(layer.out_features, layer.in_features).to(dtype)
+
+
+def _resolve(name: str) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise BaseError(
+            f"expected a model directory or hub name, got {name!r}: {_first_line(error)}"
+        ) from error
+
+
+def _nf4(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def _check_nf4(name: str, layers: dict[str, Linear4bit]) -> None:
+    kinds = {layer.weight.quant_type for layer in layers.values()}
+    if kinds != {"nf4"}:
+        found = ", ".join(sorted(kinds)) or "no 4-bit layer"
+        raise BaseError(f"{name}: expected linear layers quantised to nf4, got {found}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,48 @@
+"""What can be wrong with a delta or a base.
+
+SpieldoseError
+├── BaseError              the base model cannot be loaded
+├── DeltaError             a delta file cannot be used
+│   ├── NotADelta          it is not a delta file at all (a pickle, a foreign safetensors file)
+│   ├── TruncatedDelta     it ends before the size its own header declares
+│   ├── MalformedDelta     its tensors contradict each other or its metadata
+│   ├── BaseMismatch       it was trained on another base model
+│   └── ModuleMismatch     it names modules the base lacks, or has other shapes
+└── ArenaFull              the adapter does not fit into the memory set aside for deltas
+"""
+
+
+class SpieldoseError(Exception):
+    """Root of every error this project raises on purpose; its text is one line."""
+
+
+class BaseError(SpieldoseError):
+    """The base model cannot be loaded."""
+
+
+class DeltaError(SpieldoseError):
+    """A delta file cannot be used."""
+
+
+class NotADelta(DeltaError):
+    """The file is not a delta file."""
+
+
+class TruncatedDelta(DeltaError):
+    """The file ends before the size its header declares."""
+
+
+class MalformedDelta(DeltaError):
+    """The tensors contradict each other or the metadata."""
+
+
+class BaseMismatch(DeltaError):
+    """The delta was trained on another base model."""
+
+
+class ModuleMismatch(DeltaError):
+    """The delta's modules are not the base's modules."""
+
+
+class ArenaFull(SpieldoseError):
+    """No free extent of device memory is large enough."""
