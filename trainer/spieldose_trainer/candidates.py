@@ -1,0 +1,83 @@
+"""Gradients of weights that may join the support, accumulated over one selection phase."""
+
+import torch
+import torch.distributed as dist
+
+from spieldose_kernels.delta import SparseDelta
+from spieldose_kernels.support_product import sampled_product
+
+
+class Candidates:
+    """Accumulate one layer's gradient at its most promising positions.
+
+    The positions are the largest |dW| of the phase's whole first update. A dense dW exists only
+    there, one layer at a time: with several forward passes per update, the running sums at the
+    positions kept so far are added to each pass's dW before the largest are kept again. Sums are
+    float32. Under data parallelism every rank sees the mean gradient, hence the same positions.
+    """
+
+    def __init__(self, shape: tuple[int, int], *, count: int) -> None:
+        self.shape = shape
+        self.count = min(count, shape[0] * shape[1])
+        self.samples = 0  # updates accumulated
+        self.positions = torch.empty(0, dtype=torch.int64)  # [M] flat row-major, ascending
+        self._support: SparseDelta | None = None  # the same positions in rows, for sampling
+        self._update = torch.empty(0)  # [M] gradient of the running update
+        self.total = torch.empty(0)  # [M] Σ g
+        self.total_square = torch.empty(0)  # [M] Σ g²
+
+    @torch.no_grad()
+    def observe(self, x: torch.Tensor, dy: torch.Tensor) -> None:
+        """Take in one backward pass, x [C, T] and dy [R, T]."""
+        if self.samples == 0:
+            self._choose(x, dy)
+        else:
+            assert self._support is not None
+            self._update += sampled_product(
+                dy, x, row_starts=self._support.row_starts, columns=self._support.columns.int()
+            ).float()
+
+    @torch.no_grad()
+    def finish_update(self) -> None:
+        """Count the gradient gathered since the last call as one sample."""
+        if self.samples == 0:
+            self.total = torch.zeros_like(self._update)
+            self.total_square = torch.zeros_like(self._update)
+            self._support = SparseDelta.from_flat(self.positions, self._update, shape=self.shape)
+        else:
+            _mean_over_ranks(self._update)
+        self.total += self._update
+        self.total_square += self._update.square()
+        self._update.zero_()
+        self.samples += 1
+
+    def _choose(self, x: torch.Tensor, dy: torch.Tensor) -> None:
+        gradient = _mean_over_ranks((dy @ x.t()).float()).flatten()
+        if self.positions.numel():
+            gradient[self.positions] += self._update
+        self.positions = gradient.abs().topk(self.count, sorted=False).indices.sort().values
+        self._update = gradient[self.positions]
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return what a resumed run needs, between two updates."""
+        return {
+            "positions": self.positions,
+            "total": self.total,
+            "total_square": self.total_square,
+            "samples": torch.tensor(self.samples),
+        }
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from `state_dict`."""
+        self.positions, self.total = state["positions"], state["total"]
+        self.total_square = state["total_square"]
+        self.samples = int(state["samples"])
+        self._update = torch.zeros_like(self.total)
+        self._support = SparseDelta.from_flat(self.positions, self._update, shape=self.shape)
+
+
+def _mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+    return tensor

@@ -1,0 +1,26 @@
+"""What can be wrong with a training run.
+
+SpieldoseError
+└── TrainerError
+    ├── ConfigError     a setting is out of range
+    ├── DataError       a line of the data cannot be used
+    └── Interrupted     stopped on request; a checkpoint is there to resume from
+"""
+
+from spieldose_kernels.errors import SpieldoseError
+
+
+class TrainerError(SpieldoseError):
+    """A training run cannot go on."""
+
+
+class ConfigError(TrainerError):
+    """A setting is out of range."""
+
+
+class DataError(TrainerError):
+    """A line of the training data cannot be used."""
+
+
+class Interrupted(TrainerError):
+    """The run stopped on request and left a checkpoint."""

@@ -1,0 +1,158 @@
+"""A training run from configuration to delta file, on Hugging Face Trainer."""
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from spieldose_kernels.base import default_compute_dtype, load_base
+from spieldose_kernels.delta_file import write_delta
+from spieldose_trainer.callbacks import Progress, Reselection, StopOnInterrupt
+from spieldose_trainer.config import TrainConfig
+from spieldose_trainer.data import Example, collate, read_examples
+from spieldose_trainer.errors import ConfigError, Interrupted
+from spieldose_trainer.model import SparseModel
+from spieldose_trainer.schedule import ReselectionSchedule
+from spieldose_trainer.selector import AccumulatedGradients
+from spieldose_trainer.updater import SparseAdamW
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Result:
+    """Hold what a finished run leaves behind."""
+
+    file: Path
+    losses: list[float]  # per update of this process
+    model: SparseModel
+
+
+def train(config: TrainConfig) -> Result:
+    """Train an adapter and write its delta file.
+
+    Raises ConfigError, DataError or BaseError before the first update, Interrupted after Ctrl-C.
+    """
+    checkpoint = _checkpoint_to_resume(config)
+    device = _device(config.device)
+    dtype = default_compute_dtype(device)
+    if config.compute_dtype != "auto":
+        dtype = getattr(torch, config.compute_dtype)
+    base = load_base(config.base, device=device, compute_dtype=dtype, fused=False)
+    examples = read_examples(config.data, base.tokenizer, max_length=config.max_length)
+    model = SparseModel(base, density=config.density, seed=config.seed)
+    trainer, stop, progress = build(model, examples, config)
+    with stop.listening():
+        trainer.train(resume_from_checkpoint=checkpoint)
+    step = trainer.state.global_step
+    if stop.requested and step < trainer.state.max_steps:
+        raise Interrupted(
+            f"stopped after update {step} of {trainer.state.max_steps}; "
+            "the same command with --resume goes on from there"
+        )
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    settings = {
+        field.name: str(getattr(config, field.name)) for field in dataclasses.fields(config)
+    }
+    adapter = model.adapter(method=config.method, description=config.description, settings=settings)
+    if trainer.is_world_process_zero():
+        write_delta(config.out, adapter)
+        shutil.rmtree(config.checkpoints, ignore_errors=True)
+    return Result(config.out, progress.losses, model)
+
+
+def build(
+    model: SparseModel, examples: Sequence[Example], config: TrainConfig
+) -> tuple[Trainer, StopOnInterrupt, Progress]:
+    """Put updater, selector and callbacks under a Hugging Face Trainer."""
+    updates = config.max_steps or math.ceil(
+        config.epochs * math.ceil(len(examples) / (config.batch_size * config.accumulation))
+    )
+    parameters = [layer.values for layer in model.layers.values()]
+    updater = SparseAdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    schedule = ReselectionSchedule(
+        every=config.reselect_every,
+        steps=config.selection_steps,
+        initial_rate=config.initial_rate,
+        decay=config.rate_schedule,
+        total=updates,
+    )
+    selector = AccumulatedGradients(
+        model.layers, model.base.spec.shapes, updater=updater, schedule=schedule
+    )
+    reselection, stop = Reselection(selector), StopOnInterrupt()
+    progress = Progress(reselection)
+    tokenizer = model.base.tokenizer
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    trainer = _SparseTrainer(
+        model=model,
+        args=_arguments(config, updates),
+        train_dataset=list(examples),
+        data_collator=partial(collate, pad=pad),
+        optimizers=(updater, None),
+        callbacks=[reselection, progress, stop],
+        reselection=reselection,
+    )
+    trainer.remove_callback(PrinterCallback)  # the progress bar shows what it would print
+    return trainer, stop, progress
+
+
+class _SparseTrainer(Trainer):
+    """Checkpoint the support and its values instead of the frozen base."""
+
+    def __init__(self, *, reselection: Reselection, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.reselection = reselection
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        assert isinstance(self.model, SparseModel)
+        self.model.save_checkpoint(Path(output_dir or str(self.args.output_dir)))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        assert isinstance(self.model, SparseModel)
+        self.model.load_checkpoint(Path(resume_from_checkpoint))
+        self.reselection.load(Path(resume_from_checkpoint))
+
+
+def _arguments(config: TrainConfig, updates: int) -> TrainingArguments:
+    scheduler = "constant_with_warmup" if config.schedule == "constant" else config.schedule
+    return TrainingArguments(
+        output_dir=str(config.checkpoints),
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        max_steps=updates,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=scheduler,
+        warmup_steps=math.ceil(config.warmup * updates),
+        max_grad_norm=0.0,  # the selector's gradients are not clipped, so the updater's are not
+        logging_steps=1,
+        save_steps=config.checkpoint_every,
+        save_total_limit=1,
+        seed=config.seed,
+        use_cpu=_device(config.device).type == "cpu",
+        dataloader_pin_memory=_device(config.device).type != "cpu",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def _checkpoint_to_resume(config: TrainConfig) -> str | None:
+    found = get_last_checkpoint(str(config.checkpoints)) if config.checkpoints.is_dir() else None
+    if config.resume and found is None:
+        raise ConfigError(f"expected a checkpoint in {config.checkpoints} to resume from, got none")
+    if found is not None and not config.resume:
+        raise ConfigError(f"{found} holds an unfinished run: pass --resume, or delete it")
+    return found
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)

@@ -1,0 +1,41 @@
+"""When a selection phase runs, and what share of the support it replaces."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReselectionSchedule:
+    """Lay out the selection phases of a run of `total` updates, counted from 1.
+
+    A phase is the first γ updates of every S; at its end the support changes: wholly the first time
+    (it was random), by a share that falls from r0 to 0 afterwards (arXiv 2401.16405).
+    """
+
+    every: int  # S
+    steps: int  # γ
+    initial_rate: float  # r0
+    decay: Literal["linear", "cosine"]
+    total: int  # T
+
+    def opens_phase(self, update: int) -> bool:
+        """Say whether candidates are chosen from this update's gradients."""
+        return update % self.every == 1
+
+    def in_phase(self, update: int) -> bool:
+        """Say whether this update's gradients count for the next reselection."""
+        return 1 <= update % self.every <= self.steps
+
+    def closes_phase(self, update: int) -> bool:
+        """Say whether the support changes after this update."""
+        return update % self.every == self.steps
+
+    def rate(self, update: int) -> float:
+        """Return the share of the support to replace after this update."""
+        if update == self.steps:
+            return 1.0
+        progress = min(update / self.total, 1.0)
+        if self.decay == "linear":
+            return self.initial_rate * (1 - progress)
+        return self.initial_rate * (1 + math.cos(math.pi * progress)) / 2
