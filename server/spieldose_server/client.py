@@ -1,0 +1,160 @@
+"""A client for Python programs; the command line uses it too."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import grpc
+
+from spieldose_kernels.errors import SpieldoseError
+from spieldose_proto import inference_pb2 as pb
+from spieldose_proto import inference_pb2_grpc as rpc
+from spieldose_server.config import DEFAULT_ADDRESS
+
+Answer = TypeVar("Answer")
+
+
+class ClientError(SpieldoseError):
+    """The server refused or could not be reached; `code` is the gRPC status."""
+
+    def __init__(self, error: grpc.RpcError) -> None:
+        self.code: grpc.StatusCode = error.code()
+        super().__init__(f"{self.code.name}: {error.details()}")
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """Hold a whole answer."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str  # "stop" or "length"
+    prompt_tokens: int
+    adapter: str  # name@digest of the version that played, empty for the base
+
+
+class Client:
+    """Talk to a Spieldose server.
+
+    >>> with Client("127.0.0.1:50051") as client:
+    ...     for text in client.stream("Date: 3 May 1994\\nISO:", adapter="dates"):
+    ...         print(text, end="")
+    """
+
+    def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
+        self._channel = grpc.insecure_channel(address)
+        self.inference = rpc.InferenceStub(self._channel)
+        self._adapters = rpc.AdaptersStub(self._channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._channel.close()
+
+    def wait(self, seconds: float) -> None:
+        """Wait until the server answers. Raises TimeoutError."""
+        try:
+            grpc.channel_ready_future(self._channel).result(timeout=seconds)
+        except grpc.FutureTimeoutError:
+            raise TimeoutError(f"no server answered within {seconds:g} s") from None
+
+    def stream(
+        self,
+        prompt: str | Sequence[pb.ChatMessage],
+        *,
+        adapter: str = "",
+        sampling: pb.SamplingParams | None = None,
+        timeout: float | None = None,
+    ) -> Iterator[str]:
+        """Yield the answer as it comes; closing the iterator cancels. Raises ClientError."""
+        for response in self._responses(prompt, adapter, sampling, timeout):
+            if response.chunk.text:
+                yield response.chunk.text
+
+    def generate(
+        self,
+        prompt: str | Sequence[pb.ChatMessage],
+        *,
+        adapter: str = "",
+        sampling: pb.SamplingParams | None = None,
+        timeout: float | None = None,
+    ) -> Reply:
+        """Return the whole answer to a text, or to chat messages. Raises ClientError."""
+        responses = list(self._responses(prompt, adapter, sampling, timeout))
+        complete = responses[-1].complete
+        played = complete.adapter
+        return Reply(
+            text="".join(response.chunk.text for response in responses),
+            token_ids=tuple(token for r in responses for token in r.chunk.token_ids),
+            finish_reason=pb.FinishReason.Name(complete.finish_reason).rpartition("_")[2].lower(),
+            prompt_tokens=complete.prompt_tokens,
+            adapter=f"{played.name}@{played.digest}" if played.name else "",
+        )
+
+    def model(self) -> pb.ModelInfo:
+        """Return what the server runs. Raises ClientError."""
+        return _raising(self.inference.GetModelInfo, pb.GetModelInfoRequest(), pb.ModelInfo)
+
+    def adapters(self) -> list[pb.Adapter]:
+        """Return every adapter version the server knows. Raises ClientError."""
+        return list(
+            _raising(
+                self._adapters.List, pb.ListAdaptersRequest(), pb.ListAdaptersResponse
+            ).adapters
+        )
+
+    def adapter(self, name: str) -> pb.Adapter:
+        """Return one adapter. Raises ClientError."""
+        return _raising(self._adapters.Get, pb.GetAdapterRequest(adapter_id=name), pb.Adapter)
+
+    def load(self, name: str) -> pb.Adapter:
+        """Have the server take up NAME.safetensors now. Raises ClientError."""
+        return _raising(self._adapters.Load, pb.LoadAdapterRequest(adapter_id=name), pb.Adapter)
+
+    def unload(self, name: str) -> None:
+        """Have the server stop serving an adapter. Raises ClientError."""
+        _raising(
+            self._adapters.Unload,
+            pb.UnloadAdapterRequest(adapter_id=name),
+            pb.UnloadAdapterResponse,
+        )
+
+    def _responses(
+        self,
+        prompt: str | Sequence[pb.ChatMessage],
+        adapter: str,
+        sampling: pb.SamplingParams | None,
+        timeout: float | None,
+    ) -> Iterator[pb.GenerateResponse]:
+        request = pb.GenerateRequest(adapter_id=adapter, sampling_params=sampling)
+        if isinstance(prompt, str):
+            request.text = prompt
+        else:
+            request.messages.messages.extend(prompt)
+        call = self.inference.Generate(request, timeout=timeout)
+        try:
+            yield from call
+        except grpc.RpcError as error:
+            raise ClientError(error) from None
+        finally:
+            call.cancel()
+
+
+def _raising(method: Callable[[Any], Any], request: object, answer: type[Answer]) -> Answer:
+    try:
+        response = method(request)
+    except grpc.RpcError as error:
+        raise ClientError(error) from None
+    assert isinstance(response, answer)
+    return response

@@ -1,0 +1,149 @@
+"""The `spieldose` command, and its `serve`, `generate` and `adapters`.
+
+Commands are found by entry point, so that `spieldose train` works without this package importing
+the trainer. Heavy imports wait until a command's arguments are known to be right.
+"""
+
+import asyncio
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from spieldose_kernels.errors import SpieldoseError
+from spieldose_server.config import DEFAULT_ADDRESS, ServerConfig
+
+Command = Callable[[Sequence[str]], None]
+
+
+def main() -> None:
+    """Run the command named by the first argument."""
+    commands = {entry.name: entry for entry in entry_points(group="spieldose.commands")}
+    match sys.argv[1:]:
+        case [name, *arguments] if name in commands:
+            command: Command = commands[name].load()
+            try:
+                command(arguments)
+            except SpieldoseError as error:
+                sys.exit(f"spieldose {name}: {error}")
+            except KeyboardInterrupt:
+                sys.exit(130)
+        case asked:
+            width = max(map(len, commands))
+            print("usage: spieldose COMMAND [--help]\n")
+            for name, entry in sorted(commands.items()):
+                print(f"  {name:{width}}  {(entry.load().__doc__ or '').splitlines()[0]}")
+            sys.exit(0 if asked in (["--help"], ["-h"]) else 2)
+
+
+def serve(arguments: Sequence[str]) -> None:
+    """Serve a base model and a directory of adapters over gRPC."""
+    config = tyro.cli(ServerConfig, prog="spieldose serve", args=arguments)
+    from spieldose_kernels.quiet import quiet_libraries
+
+    quiet_libraries()
+    from spieldose_server import server
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("watchfiles").setLevel(logging.WARNING)
+    asyncio.run(server.serve(config))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateArguments:
+    """Generate text with an adapter and stream it to the terminal."""
+
+    prompt: str  # taken as it is, as `prompt` in training data is
+    adapter: str = ""  # name of the adapter; empty plays the base
+    chat: bool = False  # put the prompt through the model's chat template, as a user's message
+    server: str = DEFAULT_ADDRESS
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    timeout: float | None = None  # seconds
+
+
+def generate(arguments: Sequence[str]) -> None:
+    """Generate text with an adapter and stream it to the terminal."""
+    asked = tyro.cli(GenerateArguments, prog="spieldose generate", args=arguments)
+    from spieldose_proto import inference_pb2 as pb
+    from spieldose_server.client import Client
+
+    names = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop")
+    given = {name: getattr(asked, name) for name in names if getattr(asked, name) is not None}
+    prompt = [pb.ChatMessage(role="user", content=asked.prompt)] if asked.chat else asked.prompt
+    with Client(asked.server) as client:
+        sampling = pb.SamplingParams(**given)
+        for text in client.stream(
+            prompt, adapter=asked.adapter, sampling=sampling, timeout=asked.timeout
+        ):
+            print(text, end="", flush=True)
+        print()
+
+
+def adapters(arguments: Sequence[str]) -> None:
+    """List, show, load or unload a server's adapters."""
+    commands: dict[str, Callable[..., Any]] = {
+        "list": _list,
+        "get": _get,
+        "load": _load,
+        "unload": _unload,
+    }
+    tyro.extras.subcommand_cli_from_dict(commands, prog="spieldose adapters", args=arguments)
+
+
+def _list(*, server: str = DEFAULT_ADDRESS) -> None:
+    """List every adapter version the server knows."""
+    from spieldose_proto import inference_pb2 as pb
+    from spieldose_server.client import Client
+
+    table = Table(box=None)
+    for heading in ("name", "version", "state", "density", "MB", "running"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("what", overflow="fold")
+    with Client(server) as client:
+        for adapter in client.adapters():
+            state = pb.AdapterState.Name(adapter.state).removeprefix("ADAPTER_STATE_").lower()
+            table.add_row(
+                adapter.name,
+                adapter.digest[:12],
+                state,
+                f"{adapter.density:.2%}",
+                f"{adapter.memory_bytes / 1e6:.1f}",
+                str(adapter.running),
+                adapter.reason or adapter.description or adapter.method,
+            )
+    Console().print(table)
+
+
+def _get(name: tyro.conf.Positional[str], *, server: str = DEFAULT_ADDRESS) -> None:
+    """Show one adapter."""
+    from spieldose_server.client import Client
+
+    with Client(server) as client:
+        print(client.adapter(name), end="")
+
+
+def _load(name: tyro.conf.Positional[str], *, server: str = DEFAULT_ADDRESS) -> None:
+    """Take up NAME.safetensors from the server's directory now."""
+    from spieldose_server.client import Client
+
+    with Client(server) as client:
+        print(client.load(name), end="")
+
+
+def _unload(name: tyro.conf.Positional[str], *, server: str = DEFAULT_ADDRESS) -> None:
+    """Stop serving an adapter; its running requests finish."""
+    from spieldose_server.client import Client
+
+    with Client(server) as client:
+        client.unload(name)

@@ -1,0 +1,48 @@
+"""Every setting of the server; the command line is derived from this one dataclass."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from spieldose_server.errors import ConfigError
+
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """Serve one 4-bit base and every adapter in a directory over gRPC."""
+
+    base: str  # directory or hub name of the base model
+    adapters: Path  # directory of delta files; NAME.safetensors is served as NAME
+    listen: str = DEFAULT_ADDRESS  # address and port; port 0 takes a free one
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda when there is one
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations
+    adapter_memory: int = 2 << 30  # bytes of device memory for resident adapters
+    max_adapters: int = 256  # adapters resident at once
+    kv_tokens: int = 16384  # tokens of KV cache, shared by all running requests
+    max_batch_tokens: int = (
+        512  # tokens of one forward pass; longer prompts are prefilled in chunks
+    )
+    max_batch_requests: int = 64  # requests of one forward pass
+    max_requests: int = 1024  # requests accepted at once; more are turned away
+    max_prompt_bytes: int = 1 << 20  # of text or messages in one request
+    drain_seconds: float = 30.0  # how long running requests may go on after SIGTERM
+
+    def __post_init__(self) -> None:
+        for name in (
+            "adapter_memory",
+            "max_adapters",
+            "kv_tokens",
+            "max_batch_tokens",
+            "max_batch_requests",
+            "max_requests",
+            "max_prompt_bytes",
+        ):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.drain_seconds < 0:
+            raise ConfigError(f"drain_seconds must not be negative, got {self.drain_seconds}")
+        if not self.adapters.is_dir():
+            raise ConfigError(f"adapters must be a directory, got {self.adapters}")

@@ -1,0 +1,351 @@
+"""The engine bridge: requests in, tokens out, over transformers' continuous batching.
+
+Nothing else in the server knows transformers' engine. Its generation thread owns the model, the KV
+cache and `Playing`; it is told of requests and cancellations through the manager's queues, and each
+step's tokens cross to the event loop once. transformers is pinned: this file leans on its insides.
+"""
+
+import asyncio
+import secrets
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessorList
+from transformers.generation.continuous_batching.cb_logits_processors import (
+    ContinuousBatchingLogitsProcessorList,
+)
+from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
+from transformers.generation.continuous_batching.requests import (
+    FutureRequestState,
+    GenerationOutput,
+    RequestState,
+    RequestStatus,
+)
+from transformers.generation.continuous_batching.scheduler import (
+    SCHEDULER_MAPPING,
+    FIFOScheduler,
+)
+
+from spieldose_kernels.base import Base
+from spieldose_kernels.delta_matmul import TokenGroups
+from spieldose_kernels.linear import Playing, ServedDelta, attach
+from spieldose_kernels.slab import Slab
+from spieldose_server.config import ServerConfig
+from spieldose_server.errors import EngineStopped
+from spieldose_server.request import GenerationRequest, SamplingParams
+from spieldose_server.sampling import perturb
+
+PAGE_TOKENS = 64  # tokens per page of KV cache: the rest of a request's last page lies idle
+NO_SLOT = -1  # a request that plays the base, in the engine's integer tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Record one forward pass."""
+
+    slots: frozenset[int]  # adapters in it
+    requests: int
+    base_requests: int
+    tokens: int
+    prefilling: int  # requests whose prompt was not finished by this pass
+
+
+class Record:
+    """Count what the engine has done; written by its thread, read by anyone."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.max_adapters = 0
+        self.max_requests = 0
+        self.generated_tokens = 0
+        self.recent: deque[Step] = deque(maxlen=4096)
+
+    def add(self, batch: list[FutureRequestState]) -> None:
+        """Count a forward pass over these requests."""
+        slots = [_slot(future) for future in batch]
+        step = Step(
+            slots=frozenset(slot for slot in slots if slot != NO_SLOT),
+            requests=len(batch),
+            base_requests=slots.count(NO_SLOT),
+            tokens=sum(future.query_length for future in batch),
+            prefilling=sum(not future.has_new_token for future in batch),
+        )
+        self.steps += 1
+        self.max_adapters = max(self.max_adapters, len(step.slots))
+        self.max_requests = max(self.max_requests, step.requests)
+        self.generated_tokens += step.requests - step.prefilling
+        self.recent.append(step)
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Hold what one request got since the last time."""
+
+    ids: list[int]
+    finished: bool
+    hit_end: bool  # finished by an end-of-sequence token, not by the limit
+
+
+class Engine:
+    """Generate tokens for many requests at once, each playing its own slot of the slab."""
+
+    def __init__(self, base: Base, config: ServerConfig) -> None:
+        self.record = Record()
+        self.slab = Slab(
+            base.spec.shapes,
+            slots=config.max_adapters,
+            budget=config.adapter_memory,
+            device=base.model.device,
+        )
+        self._playing = Playing()
+        attach(base, lambda module: ServedDelta(self.slab.layer(module), self._playing))
+        base.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        self._cancelled: set[str] = set()  # adding and discarding are atomic: both threads use it
+        self._gone: dict[str, Callable[[], object]] = {}
+        self._end_ids = _end_ids(base.model.generation_config)
+        self._manager = self._make_manager(base, config)
+        cache = self._manager.batch_processor.cache
+        window = getattr(base.model.config, "max_position_embeddings", None) or config.kv_tokens
+        self.max_context: int = min(infer_max_single_request_tokens(cache), window)
+
+    def start(self) -> None:
+        """Start the generation thread."""
+        self._manager.start()
+
+    def stop(self) -> None:
+        """Stop the generation thread; requests still running fail."""
+        self._manager.stop(block=True, hard_stop=True)
+
+    @property
+    def running(self) -> bool:
+        """Say whether the generation thread is alive and takes requests."""
+        alive: bool = self._manager.is_running()
+        return alive and self._manager.background_thread_status.can_accept_new_requests() is None
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Tokens]:
+        """Yield tokens as they are made, all that are ready at once; ends after the last.
+
+        Closing it early cancels the request. It does not end before the engine is done with the
+        request: afterwards no step reads its slot. Raises EngineStopped.
+        """
+        outputs: asyncio.Queue[GenerationOutput] = asyncio.Queue()
+        gone = asyncio.Event()
+
+        def deliver(output: GenerationOutput) -> None:
+            outputs.put_nowait(output)
+            if output.is_finished():
+                gone.set()
+
+        loop = asyncio.get_running_loop()
+        self._gone[request.id] = lambda: loop.call_soon_threadsafe(gone.set)
+        self._manager.register_result_handler(request.id, deliver)
+        try:
+            self._submit(request)
+            seen, finished = 0, False
+            while not finished:
+                output = await _latest(outputs)
+                finished = output.is_finished()
+                if output.status == RequestStatus.FAILED:
+                    raise EngineStopped(f"the engine stopped: {output.error}")
+                ids = output.generated_tokens[seen:]
+                seen += len(ids)
+                yield Tokens(ids, finished, finished and ids[-1] in self._end_ids)
+        finally:
+            if not gone.is_set():
+                self._cancelled.add(request.id)
+                self._manager.cancel_request(request.id)
+                await self._let_go(gone)
+                self._cancelled.discard(request.id)
+            self._manager.output_router.result_handlers.pop(request.id, None)
+            del self._gone[request.id]
+
+    async def _let_go(self, gone: asyncio.Event) -> None:
+        """Wait until the engine is done with a request, however often this task is cancelled."""
+        cancelled = False
+        while not gone.is_set() and self._manager.is_running():
+            try:
+                await asyncio.wait_for(gone.wait(), timeout=0.1)
+            except TimeoutError:
+                pass
+            except asyncio.CancelledError:
+                cancelled = True
+        if cancelled:
+            raise asyncio.CancelledError
+
+    def _submit(self, request: GenerationRequest) -> None:
+        accepted = self._manager.add_request(
+            request.tokens,
+            request_id=request.id,
+            max_new_tokens=request.max_tokens,
+            streaming=True,
+            eos_token_id=sorted(self._end_ids),
+            slot=NO_SLOT if request.slot is None else request.slot,
+            sampling=request.sampling,
+            seed=secrets.randbits(64) if request.sampling.seed is None else request.sampling.seed,
+        )
+        if accepted is None:
+            raise EngineStopped("the engine takes no more requests")
+
+    def _make_manager(self, base: Base, config: ServerConfig) -> Any:
+        scheduler = f"spieldose-{id(self)}"
+        registry: dict[str, Any] = SCHEDULER_MAPPING
+        registry[scheduler] = partial(_Scheduler, self._cancelled, self._released)
+        settings = ContinuousBatchingConfig(
+            page_size=PAGE_TOKENS,
+            num_blocks=-(-config.kv_tokens // PAGE_TOKENS),
+            max_batch_tokens=config.max_batch_tokens,
+            max_requests_per_batch=min(config.max_batch_requests, config.max_batch_tokens),
+            # prefix sharing hashes token ids alone: across adapters it would return wrong KV
+            allow_block_sharing=False,
+            # slots are regrouped on the host before every step
+            use_cuda_graph=False,
+            use_async_batching=False,
+            scheduler_type=scheduler,
+        )
+        # the largest score is the sample: noise is added per request, by _Processors
+        greedy = GenerationConfig(do_sample=False, eos_token_id=sorted(self._end_ids))
+        model: Any = base.model
+        manager = model.init_continuous_batching(greedy, settings)
+        manager.logit_processor = _Processors(self.record)
+        manager.warmup()  # creates the KV cache now, so that its capacity is known
+        del registry[scheduler]
+        return manager
+
+    def _released(self, request_id: str) -> None:
+        if listener := self._gone.get(request_id):
+            listener()
+
+    def _before_forward(
+        self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        slots = kwargs["logits_processor_args"][_Processors.SLOT]
+        lengths = kwargs["cu_seq_lens_q"].diff()
+        self._playing.groups = TokenGroups.of(torch.repeat_interleave(slots, lengths))
+
+
+class _Processors(ContinuousBatchingLogitsProcessorList):
+    """Carry every request's slot and sampling parameters to the device, and choose by them.
+
+    The slot row has an entry for every request of the batch, for the forward pass; the sampling
+    rows have one for every request that gets a token from it. A single processor's arguments would
+    miss requests in chunked prefill, so the list's own method is overridden.
+    """
+
+    SLOT, TEMPERATURE, TOP_P, TOP_K, SEED_LOW, SEED_HIGH, POSITION = range(7)
+
+    def __init__(self, record: Record) -> None:
+        super().__init__(LogitsProcessorList())
+        self.tensors_required = 7
+        self.do_processing = True
+        self._record = record
+        self._sampled = False  # whether any request of the batch is not greedy
+
+    def check_kwargs(self, kwargs: dict[str, Any]) -> None:
+        """Accept: the engine alone sets them."""
+
+    def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
+        """Let unused places play the base, greedily."""
+        int32_tensor.zero_()
+        int32_tensor[self.SLOT] = NO_SLOT
+
+    def prepare_tensor_args(
+        self, requests_in_batch: list[FutureRequestState], arg_storage: torch.Tensor
+    ) -> torch.Tensor:
+        """Write the batch's arguments, [7, requests] int32."""
+        self._record.add(requests_in_batch)
+        slots = torch.tensor([_slot(future) for future in requests_in_batch], dtype=torch.int32)
+        arg_storage[self.SLOT, : slots.numel()] = slots.to(arg_storage.device)
+        rows = [_sampling_row(future.state) for future in requests_in_batch if future.has_new_token]
+        self._sampled = any(row[0] > 0 for row in rows)
+        if self._sampled:
+            floats = torch.tensor([row[:2] for row in rows], dtype=torch.float32).view(torch.int32)
+            integers = torch.tensor([row[2:] for row in rows], dtype=torch.int64).int()
+            packed = torch.cat([floats, integers], dim=1).t()
+            arg_storage[self.TEMPERATURE :, : len(rows)] = packed.to(arg_storage.device)
+        return arg_storage
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor,
+        scores: torch.Tensor,
+        logits_processor_args: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return scores whose argmax is the next token; a greedy batch passes untouched."""
+        if not self._sampled:
+            return scores
+        rows = logits_processor_args[:, : scores.shape[0]]
+        low, high = rows[self.SEED_LOW].long(), rows[self.SEED_HIGH].long()
+        return perturb(
+            scores,
+            temperature=rows[self.TEMPERATURE].contiguous().view(torch.float32),
+            top_p=rows[self.TOP_P].contiguous().view(torch.float32),
+            top_k=rows[self.TOP_K].long(),
+            seed=(high << 32) | (low & 0xFFFFFFFF),
+            position=rows[self.POSITION].long(),
+        )
+
+
+class _Scheduler(FIFOScheduler):
+    """First in, first out; tells when a cancelled request is out of every batch.
+
+    The manager drains new requests and cancellations one after the other from two queues. A
+    cancellation that overtakes its request would be lost, so cancelled requests are not let in.
+    """
+
+    def __init__(
+        self, cancelled: set[str], released: Callable[[str], None], **arguments: Any
+    ) -> None:
+        super().__init__(**arguments)
+        self._cancelled = cancelled
+        self._released = released
+
+    def add_waiting_request(self, state: RequestState) -> None:
+        """Queue a request unless it is cancelled already."""
+        if state.request_id in self._cancelled:
+            self._released(state.request_id)
+        else:
+            super().add_waiting_request(state)
+
+    def clear_cancelled_requests(self) -> list[RequestState]:
+        """Free cancelled requests, between two steps."""
+        states: list[RequestState] = super().clear_cancelled_requests()
+        for state in states:
+            self._released(state.request_id)
+        return states
+
+
+def _slot(future: FutureRequestState) -> int:
+    return int(future.state.logit_processor_kwargs["slot"])
+
+
+def _sampling_row(state: RequestState) -> tuple[float, float, int, int, int, int]:
+    sampling: SamplingParams = state.logit_processor_kwargs["sampling"]
+    seed: int = state.logit_processor_kwargs["seed"]
+    # the position in the sequence, not a count of tokens: it survives a request's re-prefill
+    return (
+        sampling.temperature,
+        sampling.top_p,
+        sampling.top_k,
+        seed & 0xFFFFFFFF,
+        seed >> 32,
+        state.position_offset,
+    )
+
+
+def _end_ids(config: GenerationConfig | None) -> frozenset[int]:
+    end = None if config is None else config.eos_token_id
+    if end is None:
+        return frozenset()
+    return frozenset([end] if isinstance(end, int) else end)
+
+
+async def _latest(outputs: asyncio.Queue[GenerationOutput]) -> GenerationOutput:
+    """Wait for an output and return the newest; each holds all tokens so far."""
+    output = await outputs.get()
+    while not outputs.empty():
+        output = outputs.get_nowait()
+    return output

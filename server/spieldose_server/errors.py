@@ -1,0 +1,53 @@
+"""What can go wrong with a request; every class knows its gRPC status.
+
+SpieldoseError
+└── ServerError                INTERNAL
+    ├── ConfigError            (never leaves the process)
+    ├── InvalidRequest         INVALID_ARGUMENT, names the field
+    ├── UnknownAdapter         NOT_FOUND
+    ├── RejectedAdapter        FAILED_PRECONDITION
+    └── EngineStopped          UNAVAILABLE
+"""
+
+import grpc
+
+from spieldose_kernels.errors import SpieldoseError
+
+
+class ServerError(SpieldoseError):
+    """A request cannot be served."""
+
+    code = grpc.StatusCode.INTERNAL
+
+
+class ConfigError(ServerError):
+    """A setting of the server is out of range."""
+
+
+class InvalidRequest(ServerError):
+    """A field of the request is out of range."""
+
+    code = grpc.StatusCode.INVALID_ARGUMENT
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.field = field
+        self.problem = problem
+
+
+class UnknownAdapter(ServerError):
+    """No adapter of that name is served."""
+
+    code = grpc.StatusCode.NOT_FOUND
+
+
+class RejectedAdapter(ServerError):
+    """There is a file of that name, but it cannot be used."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class EngineStopped(ServerError):
+    """The engine takes no more requests."""
+
+    code = grpc.StatusCode.UNAVAILABLE

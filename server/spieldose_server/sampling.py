@@ -1,0 +1,58 @@
+"""Choosing tokens: filters, then seeded Gumbel noise, so that the largest score is the sample.
+
+Noise depends on (seed, position, token) alone, so a request draws the same tokens whatever else is
+in its batch. Adding Gumbel noise to logits and taking the largest samples from their softmax.
+"""
+
+import torch
+
+
+def perturb(
+    logits: torch.Tensor,
+    *,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    seed: torch.Tensor,
+    position: torch.Tensor,
+) -> torch.Tensor:
+    """Return scores whose argmax is the sampled token, [B, V] float32.
+
+    logits is [B, V] float32; temperature (0 keeps the logits: greedy) and top_p are [B] float32,
+    top_k (0 keeps all), seed and position [B] int64. Filters apply as in transformers: temperature,
+    then top-k, then top-p.
+    """
+    greedy = (temperature == 0)[:, None]
+    scores = logits / torch.where(greedy, 1.0, temperature[:, None])
+    ranked, order = scores.sort(dim=-1, descending=True)
+    rank = torch.arange(logits.shape[1], device=logits.device)
+    ranked = ranked.masked_fill((rank >= top_k[:, None]) & (top_k > 0)[:, None], -torch.inf)
+    before = ranked.softmax(-1).cumsum(-1).roll(1, dims=-1)
+    before[:, 0] = 0.0  # mass above each token; the first always stays
+    ranked = ranked.masked_fill(before >= top_p[:, None], -torch.inf)
+    kept = torch.empty_like(scores).scatter_(1, order, ranked)
+    return torch.where(greedy, logits, kept + gumbel(seed, position, logits.shape[1]))
+
+
+def gumbel(seed: torch.Tensor, position: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """Return standard Gumbel noise, [B, V] float32, a pure function of seed, position and token."""
+    token = torch.arange(vocabulary, device=seed.device)
+    key = _mix(_mix(seed) + position)
+    bits = _mix(key[:, None] + token * _GOLDEN)
+    uniform = (((bits >> 11) & ((1 << 53) - 1)).double() + 0.5) * 2.0**-53
+    return -(-uniform.log()).log().float()
+
+
+_GOLDEN = -7046029254386353131  # 2**64 / golden ratio, odd, as int64; splitmix64's increment
+
+
+def _mix(z: torch.Tensor) -> torch.Tensor:
+    """Scramble int64 as splitmix64 does (Steele, Lea, Flood, OOPSLA 2014); overflow wraps."""
+    z = (z ^ _shift(z, 30)) * -4658895280553007687
+    z = (z ^ _shift(z, 27)) * -7723592293110705685
+    return z ^ _shift(z, 31)
+
+
+def _shift(z: torch.Tensor, bits: int) -> torch.Tensor:
+    """Shift right without carrying the sign in."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,0 +1,124 @@
+"""A server's life: load the base, take up the adapters, serve, drain on SIGTERM."""
+
+import asyncio
+import contextlib
+import logging
+import signal
+
+import grpc
+import grpc.aio
+import torch
+from grpc_health.v1 import _async as aio_health
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from spieldose_kernels.base import Base, default_compute_dtype, load_base
+from spieldose_proto import inference_pb2 as pb
+from spieldose_proto import inference_pb2_grpc as rpc
+from spieldose_server.config import ServerConfig
+from spieldose_server.directory import AdapterDirectory
+from spieldose_server.engine import Engine
+from spieldose_server.errors import ConfigError, EngineStopped
+from spieldose_server.service import AdaptersService, InferenceService
+from spieldose_server.store import AdapterStore
+
+log = logging.getLogger(__name__)
+
+SERVICES = tuple(service.full_name for service in pb.DESCRIPTOR.services_by_name.values())
+MESSAGE_BYTES = 64 << 20  # above any prompt limit, so that too long a prompt gets its own error
+
+
+async def serve(config: ServerConfig) -> None:
+    """Serve until SIGTERM or SIGINT, then let running requests finish.
+
+    Raises BaseError or ConfigError before serving, EngineStopped if the engine dies.
+    """
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    server = Server(await asyncio.to_thread(load, config), config)
+    await server.start()
+    try:
+        while not stop.is_set():
+            server.check()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), timeout=1.0)
+    finally:
+        await server.stop()
+
+
+def load(config: ServerConfig) -> Base:
+    """Load the base a configuration asks for."""
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    dtype = default_compute_dtype(device)
+    if config.compute_dtype != "auto":
+        dtype = getattr(torch, config.compute_dtype)
+    log.info("loading %s in NF4, computing in %s on %s", config.base, dtype, device)
+    return load_base(config.base, device=device, compute_dtype=dtype, fused=True)
+
+
+class Server:
+    """Hold one base's engine, store, directory and gRPC server."""
+
+    def __init__(self, base: Base, config: ServerConfig) -> None:
+        self.config = config
+        self.engine = Engine(base, config)
+        self.store = AdapterStore(self.engine.slab)
+        self.directory = AdapterDirectory(config.adapters, self.store, base.spec)
+        self.port = 0  # known once started
+        self._health = aio_health.HealthServicer()
+        self._grpc = grpc.aio.server(
+            maximum_concurrent_rpcs=config.max_requests,
+            options=[
+                ("grpc.max_receive_message_length", MESSAGE_BYTES),
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.so_reuseport", 0),  # a port in use is an error, not a second server
+            ],
+        )
+        inference = InferenceService(base, self.engine, self.store, config)
+        rpc.add_InferenceServicer_to_server(inference, self._grpc)
+        adapters = AdaptersService(self.store, self.directory)
+        rpc.add_AdaptersServicer_to_server(adapters, self._grpc)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._grpc)
+        self._watching: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Take up the adapters, open the port, report healthy. Raises ConfigError."""
+        try:
+            self.port = self._grpc.add_insecure_port(self.config.listen)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"expected a free address to listen on, got {self.config.listen}"
+            ) from error
+        self.engine.start()
+        await self.directory.take_up()
+        self._watching = asyncio.create_task(self.directory.watch())
+        await self._grpc.start()
+        for service in ("", *SERVICES):
+            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        host = self.config.listen.rpartition(":")[0]
+        log.info("listening on %s:%d with %d adapters", host, self.port, len(self.store.list()))
+
+    def check(self) -> None:
+        """Raise what ended the directory watch, or EngineStopped, if either is over."""
+        if self._watching is not None and self._watching.done():
+            self._watching.result()
+        if not self.engine.running:
+            raise EngineStopped("the engine stopped; its error is in the log above")
+
+    async def stop(self) -> None:
+        """Refuse new requests, let running ones finish for `drain_seconds`, stop the engine."""
+        log.info("draining")
+        await self._health.enter_graceful_shutdown()
+        await self._grpc.stop(self.config.drain_seconds)
+        if self._watching is not None:
+            self._watching.cancel()
+        await asyncio.to_thread(self.engine.stop)
+        log.info("stopped")

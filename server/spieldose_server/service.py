@@ -1,0 +1,299 @@
+"""The gRPC services. Wire types stop here: behind this file are the server's own."""
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+import grpc
+import grpc.aio
+from google.protobuf import any_pb2
+from google.rpc import error_details_pb2, status_pb2
+from jinja2.exceptions import TemplateError
+
+from spieldose_kernels.base import Base
+from spieldose_kernels.errors import SpieldoseError
+from spieldose_proto import inference_pb2 as pb
+from spieldose_proto import inference_pb2_grpc as rpc
+from spieldose_server.config import ServerConfig
+from spieldose_server.directory import AdapterDirectory
+from spieldose_server.engine import Engine
+from spieldose_server.errors import InvalidRequest, ServerError
+from spieldose_server.request import (
+    ROLES,
+    GenerationRequest,
+    Message,
+    Prompt,
+    SamplingParams,
+    fit,
+)
+from spieldose_server.store import AdapterStore, State, Version
+from spieldose_server.text import TextStream
+
+log = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+STATES = {
+    State.LOADING: pb.ADAPTER_STATE_LOADING,
+    State.RESIDENT: pb.ADAPTER_STATE_RESIDENT,
+    State.DRAINING: pb.ADAPTER_STATE_DRAINING,
+    State.REJECTED: pb.ADAPTER_STATE_REJECTED,
+}
+
+
+class InferenceService(rpc.InferenceServicer):
+    """Generate text with any adapter."""
+
+    def __init__(
+        self, base: Base, engine: Engine, store: AdapterStore, config: ServerConfig
+    ) -> None:
+        self._base = base
+        self._engine = engine
+        self._store = store
+        self._config = config
+
+    async def Generate(
+        self, request: pb.GenerateRequest, context: Context
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        """Stream chunks, then one completion."""
+        async with _answering(context), self._store.lease(request.adapter_id) as version:
+            started = time.perf_counter()
+            request_id = request.request_id or secrets.token_hex(8)
+            generation = await self._read(request, version)
+            text = TextStream(self._base.tokenizer, generation.sampling.stop)
+            count, ended = 0, False
+            async with aclosing(self._engine.generate(generation)) as stream:
+                async for tokens in stream:
+                    chunk = pb.Chunk()
+                    for token in tokens.ids:
+                        chunk.token_ids.append(token)
+                        chunk.text += text.push([token])
+                        if text.stopped:
+                            break
+                    if tokens.finished and not text.stopped:
+                        chunk.text += text.finish()
+                    count += len(chunk.token_ids)
+                    ended = text.stopped or tokens.hit_end
+                    yield pb.GenerateResponse(request_id=request_id, chunk=chunk)
+                    if text.stopped:
+                        break
+            yield pb.GenerateResponse(
+                request_id=request_id,
+                complete=_completion(generation, version, count=count, ended=ended),
+            )
+            log.info(
+                "request %s adapter %s: %d + %d tokens in %.2f s",
+                request_id,
+                "(base)" if version is None else f"{version.name}@{version.digest[:12]}",
+                len(generation.tokens),
+                count,
+                time.perf_counter() - started,
+            )
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
+        """Return the tokens Generate would see."""
+        async with _answering(context):
+            field, prompt = _prompt(request)
+            return pb.TokenizeResponse(token_ids=await self._tokenise(field, prompt))
+        raise AssertionError("aborted")
+
+    async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Context) -> pb.ModelInfo:
+        """Describe the base and what the engine has done."""
+        record = self._engine.record
+        return pb.ModelInfo(
+            model=self._base.spec.name,
+            fingerprint=self._base.spec.fingerprint,
+            max_context=self._engine.max_context,
+            vocabulary=self._vocabulary,
+            has_chat_template=self._base.tokenizer.chat_template is not None,
+            engine=pb.EngineRecord(
+                steps=record.steps,
+                max_adapters_in_step=record.max_adapters,
+                max_requests_in_step=record.max_requests,
+                generated_tokens=record.generated_tokens,
+            ),
+        )
+
+    async def _read(
+        self, request: pb.GenerateRequest, version: Version | None
+    ) -> GenerationRequest:
+        """Convert and check a request. Raises InvalidRequest."""
+        sampling = _sampling(request.sampling_params)
+        field, prompt = _prompt(request)
+        tokens = await self._tokenise(field, prompt)
+        limit = fit(len(tokens), sampling, max_context=self._engine.max_context, field=field)
+        return GenerationRequest(
+            id=secrets.token_hex(8),  # the client's own need not be unique
+            tokens=tokens,
+            slot=None if version is None else version.slot,
+            sampling=sampling,
+            max_tokens=limit,
+        )
+
+    @property
+    def _vocabulary(self) -> int:
+        table: Any = self._base.model.get_input_embeddings()
+        return int(table.num_embeddings)
+
+    async def _tokenise(self, field: str, prompt: Prompt) -> list[int]:
+        tokenizer = self._base.tokenizer
+        if isinstance(prompt, str):
+            self._check_size(field, prompt)
+            encoded = await asyncio.to_thread(tokenizer, prompt)
+            return list(encoded["input_ids"])
+        if not prompt:
+            raise InvalidRequest(field, "expected at least one entry, got none")
+        if isinstance(prompt[0], Message):
+            return await self._apply_template(field, [m for m in prompt if isinstance(m, Message)])
+        tokens = [token for token in prompt if isinstance(token, int)]
+        if max(tokens) >= self._vocabulary:
+            raise InvalidRequest(field, f"expected ids below {self._vocabulary}, got {max(tokens)}")
+        return tokens
+
+    async def _apply_template(self, field: str, messages: list[Message]) -> list[int]:
+        for message in messages:
+            if message.role not in ROLES:
+                raise InvalidRequest(
+                    field, f"expected a role of {', '.join(ROLES)}, got {message.role!r}"
+                )
+        self._check_size(field, "".join(message.content for message in messages))
+        if self._base.tokenizer.chat_template is None:
+            raise InvalidRequest(
+                field, "expected text or token_ids: the model has no chat template"
+            )
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        try:
+            return list(
+                await asyncio.to_thread(
+                    self._base.tokenizer.apply_chat_template,
+                    turns,
+                    add_generation_prompt=True,
+                    return_dict=False,
+                )
+            )
+        except TemplateError as error:
+            raise InvalidRequest(field, f"the chat template refuses it: {error}") from error
+
+    def _check_size(self, field: str, text: str) -> None:
+        size, limit = len(text.encode()), self._config.max_prompt_bytes
+        if size > limit:
+            raise InvalidRequest(field, f"expected at most {limit} bytes, got {size}")
+
+
+class AdaptersService(rpc.AdaptersServicer):
+    """Show, load and unload adapters."""
+
+    def __init__(self, store: AdapterStore, directory: AdapterDirectory) -> None:
+        self._store = store
+        self._directory = directory
+
+    async def List(
+        self, request: pb.ListAdaptersRequest, context: Context
+    ) -> pb.ListAdaptersResponse:
+        """Return every version the server knows."""
+        return pb.ListAdaptersResponse(adapters=map(_adapter, self._store.list()))
+
+    async def Get(self, request: pb.GetAdapterRequest, context: Context) -> pb.Adapter:
+        """Return one adapter."""
+        async with _answering(context):
+            return _adapter(self._store.get(request.adapter_id))
+        raise AssertionError("aborted")
+
+    async def Load(self, request: pb.LoadAdapterRequest, context: Context) -> pb.Adapter:
+        """Take up an adapter's file now."""
+        async with _answering(context):
+            await self._directory.load(request.adapter_id)
+            return _adapter(self._store.get(request.adapter_id))
+        raise AssertionError("aborted")
+
+    async def Unload(
+        self, request: pb.UnloadAdapterRequest, context: Context
+    ) -> pb.UnloadAdapterResponse:
+        """Stop serving an adapter."""
+        async with _answering(context):
+            await self._directory.unload(request.adapter_id)
+            return pb.UnloadAdapterResponse()
+        raise AssertionError("aborted")
+
+
+@asynccontextmanager
+async def _answering(context: Context) -> AsyncIterator[None]:
+    """Turn our errors into gRPC statuses; any other is logged, and its text stays inside."""
+    try:
+        yield
+    except SpieldoseError as error:
+        code = error.code if isinstance(error, ServerError) else grpc.StatusCode.INTERNAL
+        await context.abort(code, str(error), trailing_metadata=_details(error, code))
+    except grpc.aio.AbortError:
+        raise
+    except Exception:
+        log.exception("unexpected error")
+        await context.abort(grpc.StatusCode.INTERNAL, "internal error")
+
+
+def _details(error: SpieldoseError, code: grpc.StatusCode) -> tuple[tuple[str, bytes], ...]:
+    """Return google.rpc details as trailing metadata, as clients of rich errors expect them."""
+    if not isinstance(error, InvalidRequest):
+        return ()
+    detail = any_pb2.Any()
+    violation = error_details_pb2.BadRequest.FieldViolation(
+        field=error.field, description=error.problem
+    )
+    detail.Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+    status = status_pb2.Status(code=code.value[0], message=str(error), details=[detail])
+    return (("grpc-status-details-bin", status.SerializeToString()),)
+
+
+def _sampling(message: pb.SamplingParams) -> SamplingParams:
+    given = {field.name: value for field, value in message.ListFields()}
+    if "stop" in given:
+        given["stop"] = tuple(given["stop"])
+    return SamplingParams(**given)
+
+
+def _prompt(request: pb.GenerateRequest | pb.TokenizeRequest) -> tuple[str, Prompt]:
+    """Return the prompt and the name of its field. Raises InvalidRequest."""
+    match field := request.WhichOneof("prompt"):
+        case "text":
+            if not request.text:
+                raise InvalidRequest(field, "expected a prompt, got an empty one")
+            return field, request.text
+        case "token_ids" if isinstance(request, pb.GenerateRequest):
+            return field, list(request.token_ids.ids)
+        case "messages":
+            return field, [Message(m.role, m.content) for m in request.messages.messages]
+    raise InvalidRequest("prompt", "expected one of text, token_ids or messages, got none")
+
+
+def _completion(
+    request: GenerationRequest, version: Version | None, *, count: int, ended: bool
+) -> pb.Completion:
+    played = (
+        None if version is None else pb.AdapterVersion(name=version.name, digest=version.digest)
+    )
+    return pb.Completion(
+        finish_reason=pb.FINISH_REASON_STOP if ended else pb.FINISH_REASON_LENGTH,
+        prompt_tokens=len(request.tokens),
+        completion_tokens=count,
+        adapter=played,
+    )
+
+
+def _adapter(version: Version) -> pb.Adapter:
+    info = version.info
+    return pb.Adapter(
+        name=version.name,
+        digest=version.digest,
+        state=STATES[version.state],
+        reason=version.reason,
+        method=info.method if info else "",
+        description=info.description if info else "",
+        density=info.density if info else 0.0,
+        nnz=version.nnz,
+        memory_bytes=version.nbytes,
+        running=version.leases,
+    )

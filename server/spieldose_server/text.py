@@ -1,0 +1,55 @@
+"""Tokens to text as they come: never half a character, never part of a stop string."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from tokenizers.decoders import DecodeStream
+from transformers import PreTrainedTokenizerBase
+
+
+class TextStream:
+    """Decode one request's tokens incrementally and find its stop strings."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = DecodeStream(skip_special_tokens=True)
+        self._stop = stop
+        self._tokens: list[int] = []
+        self._decoded = 0  # characters the decoder has given
+        self._held = ""  # decoded, but perhaps the beginning of a stop string
+        self.stopped = False
+
+    def push(self, tokens: Sequence[int]) -> str:
+        """Return the text that is certain after these tokens; sets `stopped` at a stop string."""
+        for token in tokens:
+            self._tokens.append(token)
+            piece = self._decoder.step(self._tokenizer.backend_tokenizer, token) or ""
+            self._decoded += len(piece)
+            self._held += piece
+        return self._release()
+
+    def finish(self) -> str:
+        """Return what is still held back once no token follows."""
+        whole: Any = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
+        self._held += whole[self._decoded :]
+        text = self._release()
+        if not self.stopped:
+            text, self._held = text + self._held, ""
+        return text
+
+    def _release(self) -> str:
+        found = [at for at in map(self._held.find, self._stop) if at >= 0]
+        if found:
+            self.stopped = True
+            text, self._held = self._held[: min(found)], ""
+            return text
+        keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
+        certain = len(self._held) - keep
+        text, self._held = self._held[:certain], self._held[certain:]
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return the length of the longest end of `text` that begins `stop`."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
