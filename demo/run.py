@@ -1,0 +1,218 @@
+"""The main job, end to end: train adapters, serve all from one 4-bit base, drop one in meanwhile.
+
+Prints a table, then one JSON object on the last line. Exits non-zero if an adapter does not beat
+the base.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from fetch_base import fetch
+from spieldose_proto import inference_pb2 as pb
+from spieldose_server.client import Client, Reply
+from tasks import TASKS, Task, split, write_examples
+
+WORK = Path("build/demo")
+COMMAND = Path(sys.executable).with_name("spieldose")
+BATCH = 8  # training examples per update
+HELD_OUT = 50  # items per task
+CONCURRENT = 16  # requests at once
+SAMPLING = pb.SamplingParams(max_tokens=48, stop=["\n"])
+
+console = Console(width=110)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One held-out item, answered by the base or by its task's adapter."""
+
+    task: Task
+    prompt: str
+    expected: str
+    adapter: str  # empty for the base
+    reply: Reply
+
+    @property
+    def exact(self) -> bool:
+        """Say whether the answer is the expected one, white space at the ends aside."""
+        return self.reply.text.strip() == self.expected.strip()
+
+
+def main() -> None:
+    """Run the demo."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--base", help="any other model: a directory or a hub name")
+    base = parser.parse_args().base or str(fetch())
+    started = time.perf_counter()
+    shutil.rmtree(WORK, ignore_errors=True)
+    served = WORK / "adapters"
+    served.mkdir(parents=True)
+    *first, late = TASKS
+    for task in first:
+        train(base, task, served / f"{task.name}.safetensors")
+    waiting = WORK / f"{late.name}.safetensors"
+    train(base, late, waiting)
+    with server(base, served) as client:
+        answers, seconds, rate = play(client, waiting, served)
+        steps = client.model().engine
+    show(answers)
+    scores = exact_match(answers)
+    print(
+        json.dumps(
+            {
+                "exact_match": scores,
+                "held_out_items_per_task": HELD_OUT,
+                "mixed_batch_max_adapters": steps.max_adapters_in_step,
+                "mixed_batch_max_requests": steps.max_requests_in_step,
+                "hot_load_seconds": round(seconds, 3),
+                "tokens_per_second": round(rate, 1),
+                "seconds": round(time.perf_counter() - started, 1),
+            }
+        )
+    )
+    beaten = [name for name, score in scores.items() if score["adapter"] <= score["base"]]
+    if beaten:
+        sys.exit(f"demo: expected every adapter to beat the base, got {', '.join(beaten)} not")
+
+
+def train(base: str, task: Task, out: Path) -> None:
+    """Train one adapter with the command line a user would use."""
+    examples, _ = split(task, train=BATCH * task.updates, held_out=HELD_OUT)
+    data = WORK / f"{task.name}.jsonl"
+    write_examples(data, examples)
+    console.rule(f"training {task.name}: {task.description}")
+    command = [COMMAND, "train", "--base", base, "--data", data, "--method", "spiel-ag"]
+    command += ["--density", "0.01", "--learning-rate", "2e-3", "--batch-size", str(BATCH)]
+    command += ["--description", task.description, "--out", out]
+    subprocess.run(command, check=True)
+
+
+@contextmanager
+def server(base: str, adapters: Path) -> Iterator[Client]:
+    """Run the server as a process of its own, and stop it by SIGTERM."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    console.rule(f"serving on {address}")
+    command = [COMMAND, "serve", "--base", base, "--adapters", adapters, "--listen", address]
+    log = WORK / "server.log"
+    with open(log, "wb") as file, subprocess.Popen(command, stderr=file) as process:
+        try:
+            with Client(address) as client:
+                client.wait(120)
+                yield client
+        except BaseException:
+            sys.stderr.write(log.read_text())
+            raise
+        finally:
+            process.terminate()
+    if process.returncode != 0:
+        sys.exit(f"demo: expected the server to drain and exit 0, got {process.returncode}: {log}")
+
+
+def play(client: Client, waiting: Path, served: Path) -> tuple[list[Answer], float, float]:
+    """Ask base and adapters about every held-out item at once; halfway, drop in the last adapter.
+
+    Returns the answers, the seconds from copying the file to the new adapter's first answer, and
+    generated tokens per second.
+    """
+    late = waiting.stem
+    jobs = [
+        (task, prompt, expected, adapter)
+        for task in TASKS
+        for prompt, expected in split(task, train=0, held_out=HELD_OUT)[1]
+        for adapter in ("", task.name)
+    ]
+    random.Random(0).shuffle(jobs)
+    jobs.sort(key=lambda job: job[3] == late)  # what needs the late adapter comes last
+    dropped = threading.Event()
+
+    def ask(job: tuple[Task, str, str, str]) -> Answer:
+        task, prompt, expected, adapter = job
+        if adapter == late:
+            dropped.wait()
+        reply = client.generate(prompt, adapter=adapter, sampling=SAMPLING)
+        return Answer(task, prompt, expected, adapter, reply)
+
+    def drop() -> float:
+        try:
+            return hot_load(client, waiting, served)
+        finally:
+            dropped.set()
+
+    half = len(jobs) // 2
+    started = time.perf_counter()
+    with ThreadPoolExecutor(CONCURRENT) as pool:
+        asked = [pool.submit(ask, job) for job in jobs[:half]]
+        asked[half // 2].result()
+        dropping = pool.submit(drop)
+        asked += [pool.submit(ask, job) for job in jobs[half:]]
+        answers = [future.result() for future in asked]
+    tokens = sum(len(answer.reply.token_ids) for answer in answers)
+    return answers, dropping.result(), tokens / (time.perf_counter() - started)
+
+
+def hot_load(client: Client, file: Path, served: Path) -> float:
+    """Copy a delta file to the running server; return the seconds until it has answered."""
+    begun = time.perf_counter()
+    shutil.copy(file, served)
+    while not any(adapter.name == file.stem for adapter in client.adapters()):
+        time.sleep(0.02)
+    while (adapter := client.adapter(file.stem)).state == pb.ADAPTER_STATE_LOADING:
+        time.sleep(0.02)
+    if adapter.state != pb.ADAPTER_STATE_RESIDENT:
+        raise RuntimeError(f"expected {file.stem} to be taken up, got: {adapter.reason}")
+    client.generate("Hello", adapter=file.stem, sampling=pb.SamplingParams(max_tokens=1))
+    return time.perf_counter() - begun
+
+
+def show(answers: list[Answer]) -> None:
+    """Print what base and adapters said."""
+    table = Table(title="one 4-bit base, one batch, a different adapter for every request")
+    for heading in ("prompt", "the base says", "its adapter says"):
+        table.add_column(heading, overflow="fold")
+    for task in TASKS:
+        mine = [answer for answer in answers if answer.task is task]
+        for prompt in sorted({answer.prompt for answer in mine})[:3]:
+            said = {a.adapter: a.reply.text.strip() for a in mine if a.prompt == prompt}
+            table.add_row(prompt, said[""], said[task.name])
+        table.add_section()
+    console.print(table)
+    scores = Table(title=f"exact match on {HELD_OUT} held-out items")
+    for heading in ("task", "base", "adapter"):
+        scores.add_column(heading)
+    for name, score in exact_match(answers).items():
+        scores.add_row(name, f"{score['base']:.0%}", f"{score['adapter']:.0%}")
+    console.print(scores)
+
+
+def exact_match(answers: list[Answer]) -> dict[str, dict[str, float]]:
+    """Return the share of exact answers by task, of base and adapter."""
+    scores = {}
+    for task in TASKS:
+        mine = [answer for answer in answers if answer.task is task]
+        played = {
+            "base": [answer.exact for answer in mine if not answer.adapter],
+            "adapter": [answer.exact for answer in mine if answer.adapter],
+        }
+        scores[task.name] = {who: sum(exact) / len(exact) for who, exact in played.items()}
+    return scores
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Real objects at toy size: a tiny random model, and the demo's base where language matters."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from spieldose_kernels.base import Base, load_base
+from spieldose_kernels.delta import Adapter, AdapterInfo, SparseDelta
+from spieldose_kernels.quiet import quiet_libraries
+
+sys.path.append(str(Path(__file__).parents[1] / "demo"))
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+quiet_libraries()
+
+
+@pytest.fixture(scope="session")
+def tiny_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Llama with a byte-level tokenizer, saved as a checkpoint."""
+    directory = tmp_path_factory.mktemp("tiny-base")
+    tokenizer = _byte_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.2,  # far from ties: random logits of the usual 0.02 hardly differ
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def tiny_base(tiny_directory: Path) -> Base:
+    """The tiny model in NF4, computing in float32; fresh, because tests put deltas over it."""
+    return load_base(
+        str(tiny_directory), device=torch.device("cpu"), compute_dtype=torch.float32, fused=False
+    )
+
+
+@pytest.fixture
+def make_adapter(tiny_base: Base) -> Callable[..., Adapter]:
+    """Make a random adapter for the tiny model; different seeds give different texts."""
+
+    def make(seed: int, *, density: float = 0.05, scale: float = 0.5) -> Adapter:
+        return random_adapter(tiny_base, seed=seed, density=density, scale=scale)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def real_directory() -> Path:
+    """The demo's base model as a checkpoint."""
+    from fetch_base import fetch
+
+    return fetch()
+
+
+def random_adapter(base: Base, *, seed: int, density: float, scale: float) -> Adapter:
+    """Make an adapter with random entries in every target layer."""
+    generator = torch.Generator().manual_seed(seed)
+    modules = {}
+    for name, (height, width) in base.spec.shapes.items():
+        count = max(1, int(height * width * density))
+        positions = torch.randperm(height * width, generator=generator)[:count]
+        values = torch.randn(count, generator=generator) * scale
+        modules[name] = SparseDelta.from_flat(positions, values, shape=(height, width))
+    info = AdapterInfo(
+        base_model=base.spec.name,
+        base_fingerprint=base.spec.fingerprint,
+        method="random",
+        density=density,
+    )
+    return Adapter(info, modules)
+
+
+def _byte_tokenizer() -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    model = models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[])
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end|>", additional_special_tokens=specials
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
