@@ -1,5 +1,6 @@
 """The base model: any Hugging Face causal language model, resident in 4-bit NF4."""
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from bitsandbytes.functional import dequantize_4bit, has_avx512bf16
 from bitsandbytes.nn import Linear4bit
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -50,7 +52,7 @@ def load_base(name: str, *, device: torch.device, compute_dtype: torch.dtype, fu
         model = AutoModelForCausalLM.from_pretrained(
             directory, dtype=compute_dtype, device_map={"": device}, **arguments
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise BaseError(
             f"expected a causal language model at {name}, got: {_first_line(error)}"
         ) from error
@@ -59,8 +61,7 @@ def load_base(name: str, *, device: torch.device, compute_dtype: torch.dtype, fu
     for layer in layers.values():
         layer.compute_dtype = compute_dtype
         layer.compute_type_is_set = True
-        if not (fused and compute_dtype == torch.bfloat16):
-            layer.support_avx512bf16_for_cpu = False
+        _correct_on_cpu(layer, fused=fused and compute_dtype == torch.bfloat16)
     shapes = {path: (layer.out_features, layer.in_features) for path, layer in layers.items()}
     spec = BaseSpec(name, fingerprint_checkpoint(directory), shapes)
     return Base(model.eval().requires_grad_(False), tokenizer, spec, layers)
@@ -74,8 +75,32 @@ def default_compute_dtype(device: torch.device) -> torch.dtype:
 
 def dequantised(layer: Linear4bit, dtype: torch.dtype) -> torch.Tensor:
     """Return a layer's NF4 weight as a dense [R, C] tensor; the layer must not be repacked."""
-    weight: torch.Tensor = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-    return weight.reshape(layer.out_features, layer.in_features).to(dtype)
+    shape = layer.out_features, layer.in_features
+    # as one row: quantisation blocks run on from row to row, bitsandbytes' CPU kernel ends them
+    # with the row and misreads layers whose width is no multiple of the block (0.50.2)
+    flat = copy.copy(layer.weight.quant_state)
+    flat.shape = torch.Size([1, shape[0] * shape[1]])
+    weight: torch.Tensor = dequantize_4bit(layer.weight.data, flat)
+    return weight.reshape(shape).to(dtype)
+
+
+class _DequantisedLinear(Linear4bit):  # type: ignore[misc]  # bitsandbytes is untyped here
+    """Multiply by the dequantised weight, for layers that bitsandbytes' CPU kernels misread."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return torch.nn.functional.linear(x, dequantised(self, x.dtype), bias)
+
+
+def _correct_on_cpu(layer: Linear4bit, *, fused: bool) -> None:
+    """Keep a layer off CPU kernels that are wrong for it, and off the fused one unless asked."""
+    on_cpu = layer.weight.device.type == "cpu"
+    ragged = layer.in_features % layer.weight.blocksize != 0
+    if on_cpu and ragged:
+        layer.__class__ = _DequantisedLinear
+    # the fused kernel asserts that it can pack 32 output rows at once
+    if not fused or ragged or layer.out_features % 32 != 0:
+        layer.support_avx512bf16_for_cpu = False
 
 
 def _resolve(name: str) -> Path:

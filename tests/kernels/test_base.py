@@ -1,0 +1,235 @@
+"""The base is NF4 whatever checkpoint it comes from, and is known by its content."""
+
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from huggingface_hub import constants
+from transformers import LlamaForCausalLM
+
+from spieldose_kernels.base import Base, dequantised, load_base
+from spieldose_kernels.base_spec import fingerprint_checkpoint
+from spieldose_kernels.errors import BaseError
+
+CPU = torch.device("cpu")
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def test_every_linear_layer_but_the_head_is_nf4_with_double_quantisation(tiny_base: Base) -> None:
+    for layer in tiny_base.layers.values():
+        assert layer.weight.quant_type == "nf4"
+        assert layer.weight.quant_state.nested
+        assert layer.weight.dtype == torch.uint8
+    assert len(tiny_base.layers) == 2 * 7
+
+
+def test_the_spec_names_every_layer_with_its_shape(tiny_base: Base) -> None:
+    assert set(tiny_base.spec.shapes) == set(tiny_base.layers)
+    assert tiny_base.spec.shapes["model.layers.1.mlp.gate_proj"] == (160, 64)
+    assert tiny_base.spec.shapes["model.layers.0.self_attn.k_proj"] == (32, 64)
+
+
+def test_the_base_is_frozen(tiny_base: Base) -> None:
+    assert not any(p.requires_grad for p in tiny_base.model.parameters())
+    assert not tiny_base.model.training
+
+
+def test_the_base_is_near_the_checkpoint(tiny_base: Base, tiny_directory: Path) -> None:
+    assert_near_checkpoint(tiny_base, tiny_directory, whole_blocks(tiny_base))
+
+
+def test_rows_that_end_inside_a_block_are_near_the_checkpoint(
+    tiny_base: Base, tiny_directory: Path
+) -> None:
+    assert_near_checkpoint(tiny_base, tiny_directory, set(tiny_base.layers))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_float32_means_float32(tiny_directory: Path, *, fused: bool) -> None:
+    base = load(tiny_directory, fused=fused)  # bitsandbytes' fused CPU product rounds to bfloat16
+    for layer in base.layers.values():
+        x = random(5, layer.in_features)
+        y = layer(x)
+        expected = x.double() @ dequantised(layer, torch.float64).t()
+        assert y.dtype == torch.float32
+        assert relative_error(y, expected) <= 1e-6
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_bfloat16_layers_multiply_by_their_weights(tiny_directory: Path, *, fused: bool) -> None:
+    plain = load(tiny_directory, compute_dtype=torch.bfloat16)  # a repacked one tells no weights
+    base = load(tiny_directory, compute_dtype=torch.bfloat16, fused=fused)
+    for path in whole_blocks(base):  # the fused product crashes on others
+        layer = base.layers[path]
+        x = random(5, layer.in_features).bfloat16()
+        expected = x.double() @ dequantised(plain.layers[path], torch.float64).t()
+        y = layer(x)
+        assert y.dtype == torch.bfloat16
+        assert relative_error(y, expected) <= 1e-2
+
+
+# --- fingerprint ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_fingerprint_does_not_depend_on_the_compute_dtype(
+    tiny_directory: Path, tiny_base: Base, dtype: torch.dtype
+) -> None:
+    fingerprint = load(tiny_directory, compute_dtype=dtype).spec.fingerprint
+    assert fingerprint == tiny_base.spec.fingerprint == fingerprint_checkpoint(tiny_directory)
+
+
+def test_the_fingerprint_does_not_depend_on_sharding(tiny_directory: Path, tmp_path: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(tiny_directory)
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert fingerprint_checkpoint(tmp_path) == fingerprint_checkpoint(tiny_directory)
+
+
+def test_the_fingerprint_does_not_depend_on_file_names_or_metadata(tmp_path: Path) -> None:
+    tensors = {"a": torch.arange(3.0), "b": torch.arange(4)}
+    one, other = tmp_path / "one", tmp_path / "other"
+    save(one, "model.safetensors", tensors)
+    save(other, "weights.safetensors", tensors, metadata={"format": "pt"})
+    assert fingerprint_checkpoint(one) == fingerprint_checkpoint(other)
+
+
+def test_the_fingerprint_does_not_depend_on_which_shard_holds_a_tensor(tmp_path: Path) -> None:
+    a, b = {"a": torch.arange(3.0)}, {"b": torch.arange(4)}
+    one, other = tmp_path / "one", tmp_path / "other"
+    for directory, first, second in ((one, a, b), (other, b, a)):
+        save(directory, "model-1.safetensors", first)
+        save(directory, "model-2.safetensors", second)
+    assert fingerprint_checkpoint(one) == fingerprint_checkpoint(other)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        pytest.param({"a": torch.tensor([0.0, 1.0, 2.5]), "b": torch.arange(4)}, id="value"),
+        pytest.param({"c": torch.arange(3.0), "b": torch.arange(4)}, id="name"),
+        pytest.param({"a": torch.arange(3.0)[None], "b": torch.arange(4)}, id="shape"),
+        pytest.param({"a": torch.arange(3.0).view(torch.int32), "b": torch.arange(4)}, id="dtype"),
+        pytest.param({"a": torch.arange(3.0)}, id="fewer"),
+    ],
+)
+def test_the_fingerprint_changes_with(tmp_path: Path, changed: dict[str, torch.Tensor]) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    save(one, "model.safetensors", {"a": torch.arange(3.0), "b": torch.arange(4)})
+    save(other, "model.safetensors", changed)
+    assert fingerprint_checkpoint(one) != fingerprint_checkpoint(other)
+
+
+def test_one_changed_weight_changes_the_fingerprint(tiny_directory: Path, tmp_path: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(tiny_directory)
+    weight = model.model.layers[1].mlp.down_proj.weight.data
+    weight[3, 5] = torch.nextafter(weight[3, 5], torch.tensor(9.0))
+    model.save_pretrained(tmp_path)
+    assert fingerprint_checkpoint(tmp_path) != fingerprint_checkpoint(tiny_directory)
+
+
+# --- already quantised ---------------------------------------------------------------------------
+
+
+def test_a_base_saved_as_nf4_has_the_same_weights(tiny_base: Base, tmp_path: Path) -> None:
+    back = saved_and_loaded(tiny_base, tmp_path)
+    assert set(back.layers) == set(tiny_base.layers)
+    for path, layer in tiny_base.layers.items():
+        expected = dequantised(layer, torch.float32)
+        assert torch.equal(dequantised(back.layers[path], torch.float32), expected)
+
+
+def test_a_base_saved_as_nf4_computes_in_float32_too(tiny_base: Base, tmp_path: Path) -> None:
+    back = saved_and_loaded(tiny_base, tmp_path)
+    ids = torch.arange(12)[None]
+    expected = tiny_base.model(ids).logits
+    torch.testing.assert_close(back.model(ids).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+# --- refusals ------------------------------------------------------------------------------------
+
+
+def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
+    assert str(tmp_path) in refused(str(tmp_path))
+
+
+def test_a_directory_with_settings_but_no_weights_is_refused(
+    tiny_directory: Path, tmp_path: Path
+) -> None:
+    for file in tiny_directory.glob("*.json*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    assert str(tmp_path) in refused(str(tmp_path))
+
+
+def test_weights_that_are_not_safetensors_have_no_fingerprint(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(2)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(BaseError, match=r"expected \*\.safetensors weights in .*, got none"):
+        fingerprint_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["spieldose-tests/no-such-model", "no/such/directory", "a b"])
+def test_a_name_of_nothing_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # ask no network
+    assert repr(name) in refused(name)
+
+
+def test_a_broken_checkpoint_is_refused(tiny_directory: Path, tmp_path: Path) -> None:
+    for file in tiny_directory.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    assert str(tmp_path) in refused(str(tmp_path))
+
+
+def load(
+    directory: Path, *, compute_dtype: torch.dtype = torch.float32, fused: bool = False
+) -> Base:
+    return load_base(str(directory), device=CPU, compute_dtype=compute_dtype, fused=fused)
+
+
+def whole_blocks(base: Base) -> set[str]:
+    """Name the layers whose rows are whole NF4 blocks, as those of published models are."""
+    return {path for path, layer in base.layers.items() if layer.in_features % 64 == 0}
+
+
+def assert_near_checkpoint(base: Base, directory: Path, paths: set[str]) -> None:
+    original = LlamaForCausalLM.from_pretrained(directory)
+    for path in sorted(paths):
+        weight = original.get_submodule(path).weight.detach()
+        error = relative_error(dequantised(base.layers[path], torch.float32), weight)
+        assert 0.01 < error < 0.15  # NF4 of a normal distribution costs about 0.1
+
+
+def saved_and_loaded(base: Base, directory: Path) -> Base:
+    base.model.save_pretrained(directory)
+    base.tokenizer.save_pretrained(directory)
+    return load(directory)
+
+
+def save(
+    directory: Path,
+    name: str,
+    tensors: dict[str, torch.Tensor],
+    *,
+    metadata: dict[str, str] | None = None,
+) -> None:
+    directory.mkdir(exist_ok=True)
+    safetensors.torch.save_file(tensors, directory / name, metadata)
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def refused(name: str) -> str:
+    with pytest.raises(BaseError) as caught:
+        load_base(name, device=CPU, compute_dtype=torch.float32, fused=False)
+    message = str(caught.value)
+    assert message
+    assert "\n" not in message
+    return message

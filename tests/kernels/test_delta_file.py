@@ -1,0 +1,604 @@
+"""The delta file keeps what is written, and what is not one is refused with its typed error."""
+
+import json
+import os
+import pickle
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spieldose_kernels.base_spec import BaseSpec
+from spieldose_kernels.delta import Adapter, AdapterInfo, SparseDelta
+from spieldose_kernels.delta_file import PARTS, read_delta, read_header, write_delta
+from spieldose_kernels.errors import (
+    BaseMismatch,
+    DeltaError,
+    MalformedDelta,
+    ModuleMismatch,
+    NotADelta,
+    TruncatedDelta,
+)
+
+BASE = BaseSpec("base", "f" * 64, {"m": (4, 6), "other": (3, 5)})
+INFO = AdapterInfo(
+    base_model="some/base",
+    base_fingerprint=BASE.fingerprint,
+    method="spiel-ag",
+    density=0.125,
+    description="a disc, Glück",
+    settings={"steps": "10"},
+)
+# row 2 is empty: columns 1 3 | 1 | | 2
+DELTA = SparseDelta.from_flat(
+    torch.tensor([20, 1, 3, 7]), torch.tensor([4.0, 1.0, 2.0, 3.0]), shape=(4, 6)
+)
+
+# --- what is written is read -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_values_come_back_bit_for_bit_in_their_own_dtype(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    values = torch.tensor([0.1, -1e-30, 3e30, -0.0]).to(dtype)
+    adapter = adapter_of(SparseDelta(DELTA.row_starts, DELTA.columns, values, 6))
+    assert_same_delta(round_trip(tmp_path, adapter).modules["m"], adapter.modules["m"])
+
+
+def test_provenance_comes_back(tmp_path: Path) -> None:
+    assert round_trip(tmp_path, adapter_of(DELTA)).info == INFO
+
+
+def test_every_module_comes_back_under_its_name(tmp_path: Path) -> None:
+    other = SparseDelta.from_flat(torch.tensor([14]), torch.tensor([9.0]), shape=(3, 5))
+    back = round_trip(tmp_path, Adapter(INFO, {"m": DELTA, "other": other}))
+    assert set(back.modules) == {"m", "other"}
+    assert_same_delta(back.modules["m"], DELTA)
+    assert_same_delta(back.modules["other"], other)
+
+
+def test_empty_rows_come_back(tmp_path: Path) -> None:
+    delta = SparseDelta.from_flat(torch.tensor([13]), torch.tensor([2.0]), shape=(4, 6))
+    back = round_trip(tmp_path, adapter_of(delta)).modules["m"]
+    assert back.row_starts.tolist() == [0, 0, 0, 1, 1]
+    assert torch.equal(back.dense(torch.float32), delta.dense(torch.float32))
+
+
+def test_a_module_without_entries_comes_back(tmp_path: Path) -> None:
+    empty = SparseDelta.from_flat(
+        torch.tensor([], dtype=torch.int64), torch.tensor([]), shape=(4, 6)
+    )
+    back = round_trip(tmp_path, adapter_of(empty)).modules["m"]
+    assert back.nnz == 0
+    assert back.shape == (4, 6)
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype"), [(65_535, torch.uint16), (65_536, torch.uint16), (65_537, torch.int32)]
+)
+def test_columns_are_as_narrow_as_the_width_allows(
+    tmp_path: Path, width: int, dtype: torch.dtype
+) -> None:
+    last = torch.tensor([0, width - 1, 2 * width - 1])
+    delta = SparseDelta.from_flat(last, torch.tensor([1.0, 2.0, 3.0]), shape=(2, width))
+    path = written(tmp_path, adapter_of(delta))
+    assert safetensors.torch.load_file(path)["m.columns"].dtype == dtype
+    back = read_delta(path.read_bytes()).modules["m"]
+    assert back.columns.tolist() == [0, width - 1, width - 1]
+    assert back.row_starts.tolist() == [0, 2, 3]
+
+
+def test_entries_lie_sorted_in_the_file_whatever_order_they_came_in(tmp_path: Path) -> None:
+    shuffled = torch.randperm(24, generator=torch.Generator().manual_seed(0))
+    delta = SparseDelta.from_flat(shuffled, shuffled.float(), shape=(4, 6))
+    stored = safetensors.torch.load_file(written(tmp_path, adapter_of(delta)))
+    assert stored["m.columns"].tolist() == list(range(6)) * 4
+    assert stored["m.values"].tolist() == list(range(24))
+
+
+@pytest.mark.parametrize("length", range(0, 256, 8))
+def test_a_good_file_is_read_whatever_byte_its_header_size_begins_with(
+    tmp_path: Path, length: int
+) -> None:
+    info = AdapterInfo(
+        base_model="b", base_fingerprint="f", method="m", density=0.1, description="x" * length
+    )
+    payload = written(tmp_path, Adapter(info, {"m": DELTA})).read_bytes()
+    assert read_delta(payload).info.description == "x" * length
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_any_support_comes_back(data: st.DataObject) -> None:
+    height, width = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9))
+    chosen = sorted(data.draw(st.sets(st.integers(0, height * width - 1))))
+    indices = torch.tensor(chosen, dtype=torch.int64)
+    delta = SparseDelta.from_flat(indices, indices + 0.5, shape=(height, width))
+    payload = encoded(adapter_of(delta))
+    assert_same_delta(read_delta(payload).modules["m"], delta)
+
+
+# --- writing is all or nothing -------------------------------------------------------------------
+
+
+def test_writing_leaves_no_other_file(tmp_path: Path) -> None:
+    path = written(tmp_path, adapter_of(DELTA))
+    write_delta(path, adapter_of(DELTA))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_crash_in_the_middle_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    path = written(tmp_path, adapter_of(DELTA))
+    before = path.read_bytes()
+
+    def crash(*_: object) -> None:
+        assert path.read_bytes() == before
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, step, crash)
+    with pytest.raises(KeyboardInterrupt):
+        write_delta(path, adapter_of(from_dense(torch.ones(4, 6))))
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_bytes_are_on_disk_before_they_get_their_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    for step in ("fsync", "replace"):
+        monkeypatch.setattr(os, step, recorded(step, getattr(os, step), calls))
+    written(tmp_path, adapter_of(DELTA))
+    assert calls == ["fsync", "replace", "fsync"]  # the last one is the directory's
+
+
+# --- what is no delta file at all ----------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_any_prefix_of_a_good_file_is_refused_as_truncated(data: st.DataObject) -> None:
+    payload = good_payload()
+    length = data.draw(st.integers(0, len(payload) - 1))
+    with pytest.raises(TruncatedDelta, match=r"\d+ bytes.*got \d+"):
+        read_delta(payload[:length], BASE)
+
+
+def test_a_cut_off_file_is_told_how_long_it_should_be() -> None:
+    payload = good_payload()
+    with pytest.raises(TruncatedDelta, match=f"{len(payload)} bytes, got {len(payload) - 1} bytes"):
+        read_delta(payload[:-1], BASE)
+
+
+def test_trailing_bytes_are_refused() -> None:
+    payload = good_payload()
+    with pytest.raises(MalformedDelta, match=f"{len(payload)} bytes, got {len(payload) + 1} bytes"):
+        read_delta(payload + b"\0", BASE)
+
+
+def test_a_zipped_torch_pickle_is_refused_unread(tmp_path: Path) -> None:
+    torch.save({"m.values": torch.ones(3)}, tmp_path / "renamed.safetensors")
+    assert "pickle" in refused(NotADelta, (tmp_path / "renamed.safetensors").read_bytes())
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_a_bare_pickle_is_refused_unread(protocol: int) -> None:
+    payload = pickle.dumps({"weights": list(range(300))}, protocol=protocol)
+    assert "pickle" in refused(NotADelta, payload)
+
+
+def test_a_pickle_is_never_executed(tmp_path: Path) -> None:
+    canary = tmp_path / "executed"
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        refused(NotADelta, pickle.dumps(Touch(canary), protocol=protocol))
+    assert not canary.exists()
+
+
+def test_text_is_refused_and_shown() -> None:
+    assert "b'GGUF" in refused(NotADelta, b"GGUF and then a lot of other bytes")
+
+
+def test_a_foreign_safetensors_file_is_refused() -> None:
+    payload = safetensors.torch.save({"lora_A.weight": torch.ones(2, 2)})
+    assert_names(refused(NotADelta, payload), "'spieldose.delta'", "None")
+
+
+def test_another_tools_metadata_is_refused() -> None:
+    payload = safetensors.torch.save({"w": torch.ones(2)}, metadata={"format": "pt"})
+    assert_names(refused(NotADelta, payload), "'spieldose.delta'", "'pt'")
+
+
+def test_another_format_version_is_refused() -> None:
+    assert_names(refused(NotADelta, altered(metadata={"format_version": "2"})), "'1'", "'2'")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "{not json",
+        '{"m": []}',
+        '{"m": {"data_offsets": [0]}}',
+        '{"m": {"data_offsets": [0, "x"]}}',
+        '{"m": {"data_offsets": [0, Infinity]}}',
+        '{"m": {"data_offsets": [0, NaN]}}',
+        '{"m": null}',
+        '{"__metadata__": []}',
+        '{"a":' * 100_000,
+    ],
+)
+def test_a_header_that_is_no_safetensors_header_is_refused(header: str) -> None:
+    assert "expected a safetensors header" in refused(NotADelta, with_header(header.encode()))
+
+
+def test_metadata_that_are_not_strings_are_refused() -> None:
+    payload = with_header(b'{"__metadata__": {"format": 1}}')
+    assert_names(refused(MalformedDelta, payload), "strings", "other values")
+
+
+# --- what does not belong to the base ------------------------------------------------------------
+
+
+def test_a_delta_of_another_base_is_refused() -> None:
+    payload = altered(metadata={"base_fingerprint": "0123456789abcdef"})
+    assert_names(refused(BaseMismatch, payload), "ffffffffffff (base)", "0123456789ab (some/base)")
+
+
+def test_a_module_the_base_lacks_is_refused() -> None:
+    payload = encoded(Adapter(INFO, {"m": DELTA, "n": copied(DELTA)}))
+    assert_names(refused(ModuleMismatch, payload), "target module", "'n'")
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (5, 6), (6, 4)])
+def test_a_module_of_another_shape_is_refused(shape: tuple[int, int]) -> None:
+    delta = SparseDelta.from_flat(torch.tensor([0]), torch.ones(1), shape=shape)
+    payload = encoded(adapter_of(delta))
+    assert_names(refused(ModuleMismatch, payload), "m:", "[4, 6]", str(list(shape)))
+
+
+def test_an_adapter_without_modules_is_refused() -> None:
+    payload = encoded(Adapter(INFO, {}))
+    assert_names(refused(ModuleMismatch, payload), "at least one module", "none")
+
+
+def test_without_a_base_only_the_file_itself_is_checked() -> None:
+    payload = altered(metadata={"base_fingerprint": "0123456789abcdef"})
+    assert read_delta(payload).info.base_fingerprint == "0123456789abcdef"
+
+
+# --- what contradicts itself ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["base_model", "base_fingerprint", "method", "density", "description", "settings", "modules"],
+)
+def test_a_missing_metadata_key_is_refused(key: str) -> None:
+    assert_names(refused(MalformedDelta, altered(metadata={key: None})), f"'{key}'", "none")
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("density", "much"),
+        ("settings", "[]"),
+        ("settings", "{"),
+        ("modules", "[]"),
+        ("modules", '{"m": 3}'),
+        ("modules", '{"m": [4, 6]}'),
+        ("modules", '{"m": [4, 6, "x"]}'),
+        ("modules", '{"m": [4, 6, null]}'),
+        ("modules", '{"m": [4, 6, Infinity]}'),
+        ("modules", '{"m":' * 100_000),
+    ],
+)
+def test_unreadable_metadata_are_refused(key: str, text: str) -> None:
+    assert "expected readable metadata" in refused(MalformedDelta, altered(metadata={key: text}))
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_missing_tensor_is_refused(part: str) -> None:
+    payload = altered({f"m.{part}": None})
+    assert_names(refused(MalformedDelta, payload), f"'m.{part}'", "none of that name")
+
+
+@pytest.mark.parametrize("name", ["m.bias", "other.values", "m"])
+def test_a_tensor_of_no_declared_module_is_refused(name: str) -> None:
+    payload = altered({name: torch.ones(2)})
+    assert_names(refused(MalformedDelta, payload), "only tensors of declared modules", f"'{name}'")
+
+
+@pytest.mark.parametrize(
+    ("part", "expected", "got"),
+    [
+        ("row_starts", "torch.int32", torch.int64),
+        ("row_starts", "torch.int32", torch.float32),
+        ("columns", "torch.uint16", torch.int32),
+        ("columns", "torch.uint16", torch.int16),
+        ("columns", "torch.uint16", torch.int64),
+        ("values", "torch.bfloat16 or torch.float32", torch.float16),
+        ("values", "torch.bfloat16 or torch.float32", torch.float64),
+        ("values", "torch.bfloat16 or torch.float32", torch.int32),
+    ],
+)
+def test_an_array_of_another_dtype_is_refused(part: str, expected: str, got: torch.dtype) -> None:
+    payload = altered({f"m.{part}": getattr(DELTA, part).to(got)})
+    assert_names(refused(MalformedDelta, payload), f"m.{part}", expected, str(got))
+
+
+def test_a_dtype_torch_does_not_know_is_refused() -> None:
+    payload = good_payload()
+    head = int.from_bytes(payload[:8], "little")
+    header = payload[8 : 8 + head].replace(b'"dtype":"F32"', b'"dtype":"F99"')
+    message = refused(MalformedDelta, with_header(header, payload[8 + head :]))
+    assert_names(message, "expected readable tensors", "F99")
+
+
+def test_a_tensor_too_large_for_torch_is_refused() -> None:
+    empty = from_dense(torch.zeros(4, 6))
+    payload = encoded(adapter_of(empty))
+    size = int.from_bytes(payload[:8], "little")
+    header = json.loads(payload[8 : 8 + size])
+    header["m.values"]["shape"] = [0, 2**63]
+    message = refused(MalformedDelta, with_header(json.dumps(header).encode(), payload[8 + size :]))
+    assert "expected readable tensors" in message
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_an_array_of_another_length_is_refused(part: str) -> None:
+    array = getattr(DELTA, part)
+    payload = altered({f"m.{part}": array[:-1].clone()})
+    length = array.numel()
+    assert_names(refused(MalformedDelta, payload), f"m.{part}", f"[{length}]", f"[{length - 1}]")
+
+
+def test_an_array_of_two_dimensions_is_refused() -> None:
+    payload = altered({"m.values": DELTA.values[:, None].clone()})
+    assert_names(refused(MalformedDelta, payload), "m.values", "[4]", "[4, 1]")
+
+
+@pytest.mark.parametrize("declared", [3, 5, 0, -1])
+def test_another_number_of_entries_than_declared_is_refused(declared: int) -> None:
+    payload = altered(metadata={"modules": json.dumps({"m": [4, 6, declared]})})
+    assert_names(refused(MalformedDelta, payload), f"[{declared}]", "[4]")
+
+
+@pytest.mark.parametrize("shape", [[-1, 6], [0, 6], [1, -6], [1, 0]])
+def test_a_shape_that_is_not_positive_is_refused(shape: list[int]) -> None:
+    height = max(shape[0] + 1, 0)
+    tensors = {
+        "m.row_starts": torch.zeros(height, dtype=torch.int32),
+        "m.columns": DELTA.columns[:0].clone(),
+        "m.values": DELTA.values[:0].clone(),
+    }
+    payload = altered(tensors, metadata={"modules": json.dumps({"m": [*shape, 0]})})
+    assert_names(refused(MalformedDelta, payload, base=None), "positive shape", str(shape))
+
+
+@pytest.mark.parametrize(
+    ("row_starts", "got"),
+    [
+        ([1, 2, 3, 3, 4], "1 to 4"),
+        ([-1, 2, 3, 3, 4], "-1 to 4"),
+        ([0, 2, 3, 3, 3], "0 to 3"),
+        ([0, 2, 3, 3, 5], "0 to 5"),
+    ],
+)
+def test_row_starts_that_do_not_span_the_entries_are_refused(
+    row_starts: list[int], got: str
+) -> None:
+    payload = altered({"m.row_starts": torch.tensor(row_starts, dtype=torch.int32)})
+    assert_names(refused(MalformedDelta, payload), "m.row_starts", "0 to 4", got)
+
+
+@pytest.mark.parametrize(
+    "row_starts", [[0, 3, 2, 3, 4], [0, 2, 3, 9, 4], [0, -5, 3, 3, 4], [0, 2**31 - 1, -1, 3, 4]]
+)
+def test_descending_row_starts_are_refused(row_starts: list[int]) -> None:
+    payload = altered({"m.row_starts": torch.tensor(row_starts, dtype=torch.int32)})
+    assert_names(refused(MalformedDelta, payload), "m.row_starts", "ascending", "step back")
+
+
+@pytest.mark.parametrize("column", [6, 7, 65_535])
+def test_a_column_outside_the_layer_is_refused(column: int) -> None:
+    payload = altered({"m.columns": columns([1, column, 1, 2])})
+    assert_names(refused(MalformedDelta, payload), "m.columns", "below 6", f"got {column}")
+
+
+def test_a_negative_column_is_refused() -> None:
+    shape = (1, 65_537)
+    delta = SparseDelta.from_flat(torch.tensor([5]), torch.ones(1), shape=shape)
+    tensors, metadata = parts_of(encoded(adapter_of(delta)))
+    tensors["m.columns"] = torch.tensor([-1], dtype=torch.int32)
+    payload = safetensors.torch.save(tensors, metadata)
+    assert_names(refused(MalformedDelta, payload, base=None), "below 65537", "got -1")
+
+
+def test_a_repeated_position_is_refused() -> None:
+    payload = altered({"m.columns": columns([1, 1, 1, 2])})
+    assert_names(refused(MalformedDelta, payload), "m.columns", "strictly ascending", "repeat")
+
+
+def test_unsorted_columns_are_refused() -> None:
+    payload = altered({"m.columns": columns([3, 1, 1, 2])})
+    assert_names(refused(MalformedDelta, payload), "m.columns", "strictly ascending", "step back")
+
+
+def test_a_step_back_after_an_empty_row_is_no_fault() -> None:
+    payload = altered({"m.columns": columns([1, 3, 5, 0])})
+    assert read_delta(payload, BASE).modules["m"].columns.tolist() == [1, 3, 5, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_value_that_is_no_number_is_refused(value: float, dtype: torch.dtype) -> None:
+    payload = altered({"m.values": torch.tensor([1.0, 2.0, value, 3.0], dtype=dtype)})
+    assert_names(refused(MalformedDelta, payload), "m.values", "finite", "NaN or infinity")
+
+
+# --- whatever the bytes --------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=200))
+def test_arbitrary_bytes_are_refused(payload: bytes) -> None:
+    refused(DeltaError, payload)
+
+
+@settings(deadline=None, max_examples=400)
+@given(st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=4))
+def test_changed_bytes_give_a_valid_adapter_or_a_refusal(changes: list[tuple[int, int]]) -> None:
+    payload = bytearray(good_payload())
+    for position, byte in changes:
+        payload[position % len(payload)] = byte
+    assert_valid_or_refused(bytes(payload))
+
+
+@settings(deadline=None, max_examples=400)
+@given(st.data())
+def test_a_changed_header_gives_a_valid_adapter_or_a_refusal(data: st.DataObject) -> None:
+    payload = good_payload()
+    size = int.from_bytes(payload[:8], "little")
+    tokens = JSON_TOKEN.split(payload[8 : 8 + size])
+    for _ in range(data.draw(st.integers(1, 2))):
+        place = data.draw(st.integers(0, len(tokens) // 2 - 1)) * 2 + 1  # odd places are tokens
+        tokens[place] = data.draw(st.sampled_from(STRANGE_TOKENS))
+    assert_valid_or_refused(with_header(b"".join(tokens), payload[8 + size :]))
+
+
+JSON_TOKEN = re.compile(rb"(\"(?:[^\"\\]|\\.)*\"|-?[\d.]+)")  # a string or a number
+STRANGE_TOKENS = [
+    *(b"0", b"-1", b"5", b"1.5", b"1e999", b"Infinity", b"NaN", b"18446744073709551616"),
+    *(b"null", b"true", b"[]", b"{}", b"[0,0]", b'"x"', b'""', b'"m.values"', b'"\\ud800"'),
+    *(b'"{}"', b'"[]"', b'"{\\"m\\":[4,6,4]}"', b'"{\\"m\\":[1e999,6,4]}"', b'"F16"', b'"I32"'),
+]
+
+
+class Touch:
+    """Create a file when unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def adapter_of(delta: SparseDelta) -> Adapter:
+    return Adapter(INFO, {"m": delta})
+
+
+def from_dense(weight: torch.Tensor) -> SparseDelta:
+    positions = weight.flatten().nonzero()[:, 0]
+    shape = (weight.shape[0], weight.shape[1])
+    return SparseDelta.from_flat(positions, weight.flatten()[positions], shape=shape)
+
+
+def written(directory: Path, adapter: Adapter) -> Path:
+    path = directory / "disc.safetensors"
+    write_delta(path, adapter)
+    return path
+
+
+def encoded(adapter: Adapter) -> bytes:
+    with tempfile.TemporaryDirectory() as directory:
+        return written(Path(directory), adapter).read_bytes()
+
+
+@cache
+def good_payload() -> bytes:
+    return encoded(adapter_of(DELTA))
+
+
+def parts_of(payload: bytes) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    return safetensors.torch.load(payload), dict(read_header(payload).metadata)
+
+
+def altered(
+    tensors: Mapping[str, torch.Tensor | None] = MappingProxyType({}),
+    *,
+    metadata: Mapping[str, str | None] = MappingProxyType({}),
+) -> bytes:
+    """Return a good file with some tensors and metadata replaced, or left out where None."""
+    old_tensors, old_metadata = parts_of(good_payload())
+    kept = {k: v for k, v in {**old_tensors, **tensors}.items() if v is not None}
+    told = {k: v for k, v in {**old_metadata, **metadata}.items() if v is not None}
+    return safetensors.torch.save(kept, told)
+
+
+def with_header(header: bytes, data: bytes = b"") -> bytes:
+    return len(header).to_bytes(8, "little") + header + data
+
+
+def columns(indices: list[int]) -> torch.Tensor:
+    return torch.tensor(indices, dtype=torch.int32).to(torch.uint16)
+
+
+def copied(delta: SparseDelta) -> SparseDelta:
+    return SparseDelta(
+        delta.row_starts.clone(), delta.columns.clone(), delta.values.clone(), delta.width
+    )
+
+
+def round_trip(directory: Path, adapter: Adapter) -> Adapter:
+    return read_delta(written(directory, adapter).read_bytes())
+
+
+def recorded(step: str, function: Callable[..., Any], calls: list[str]) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        calls.append(step)
+        return function(*arguments)
+
+    return call
+
+
+def refused(error: type[DeltaError], payload: bytes, base: BaseSpec | None = BASE) -> str:
+    with pytest.raises(error) as caught:
+        read_delta(payload, base)
+    message = str(caught.value)
+    assert message
+    assert "\n" not in message
+    return message
+
+
+def assert_names(message: str, expected: str, *got: str) -> None:
+    for words in (expected, *got):
+        assert words in message
+
+
+def assert_same_delta(got: SparseDelta, expected: SparseDelta) -> None:
+    assert got.shape == expected.shape
+    for part in PARTS:
+        left, right = getattr(got, part), getattr(expected, part)
+        assert left.dtype == right.dtype
+        assert left.view(torch.uint8).tolist() == right.view(torch.uint8).tolist()
+
+
+def assert_valid_or_refused(payload: bytes) -> None:
+    for base in (BASE, None):
+        try:
+            adapter = read_delta(payload, base)
+        except DeltaError:
+            continue
+        for delta in adapter.modules.values():
+            assert_well_formed(delta)
+
+
+def assert_well_formed(delta: SparseDelta) -> None:
+    positions = (delta.rows() * delta.width + delta.columns.long()).tolist()
+    assert positions == sorted(set(positions))
+    assert all(0 <= column < delta.width for column in delta.columns.tolist())
+    assert delta.dense(torch.float32).isfinite().all()
+    assert delta.dense(torch.float32).count_nonzero() == delta.values.count_nonzero()
