@@ -17,7 +17,8 @@ def train(arguments: Sequence[str]) -> None:
 
     result = run(config)
     size = result.file.stat().st_size
+    loss = f", loss {result.losses[-1]:.4f}" if result.losses else ""  # none: all was done before
     print(
         f"{result.file}: {result.model.density:.2%} of the target weights, "
-        f"{size / 1e6:.1f} MB, loss {result.losses[-1]:.4f}"
+        f"{size / 1e6:.1f} MB{loss}"
     )

@@ -63,11 +63,11 @@ class TrainConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.epochs <= 0 or (self.max_steps is not None and self.max_steps < 1):
+        if not self.epochs > 0 or (self.max_steps is not None and self.max_steps < 1):
             raise ConfigError(
                 f"epochs and max_steps must be positive, got {self.epochs}, {self.max_steps}"
             )
-        if self.weight_decay < 0:
+        if not self.weight_decay >= 0:
             raise ConfigError(f"weight_decay must not be negative, got {self.weight_decay}")
         if self.reselect_every <= self.selection_steps:
             raise ConfigError(

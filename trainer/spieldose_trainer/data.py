@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError  # also what a template raises at roles it refuses
 from transformers import PreTrainedTokenizerBase
 
 from spieldose_trainer.errors import DataError
@@ -32,15 +33,15 @@ def read_examples(
     """
     examples = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # JSON strings may hold U+2028
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"expected a readable JSONL file, got {error}") from error
+        raise DataError(f"{path}: expected a readable UTF-8 JSONL file, got {error}") from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             example = tokenise(json.loads(line), tokenizer)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, TemplateError) as error:
             raise DataError(f"{path}:{number}: {error}") from error
         length = len(example.prompt) + len(example.completion)
         if length > max_length:
@@ -55,7 +56,7 @@ def tokenise(record: Any, tokenizer: PreTrainedTokenizerBase) -> Example:
     """Turn one record into token ids, the completion ending with the end-of-sequence token."""
     match record:
         case {"messages": [*context, {"role": "assistant", "content": str()}] as messages} if (
-            context
+            context and all(map(_is_message, context))
         ):
             return _tokenise_chat(messages, tokenizer)
         case {"prompt": str(prompt), "completion": str(completion)} if prompt and completion:
@@ -64,8 +65,16 @@ def tokenise(record: Any, tokenizer: PreTrainedTokenizerBase) -> Example:
     found = sorted(record) if isinstance(record, dict) else type(record).__name__
     raise ValueError(
         "expected non-empty strings `prompt` and `completion`, "
-        f"or `messages` that end with the assistant's, got {found}"
+        "or `messages` of string `role` and `content` that end with the assistant's, "
+        f"got {found}"
     )
+
+
+def _is_message(message: Any) -> bool:
+    match message:
+        case {"role": str(), "content": str()}:
+            return True
+    return False
 
 
 def _tokenise_chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> Example:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from spieldose_kernels.base import default_compute_dtype, load_base
@@ -48,7 +49,7 @@ def train(config: TrainConfig) -> Result:
     model = SparseModel(base, density=config.density, seed=config.seed)
     trainer, stop, progress = build(model, examples, config)
     with stop.listening():
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.run(checkpoint)
     step = trainer.state.global_step
     if stop.requested and step < trainer.state.max_steps:
         raise Interrupted(
@@ -68,11 +69,13 @@ def train(config: TrainConfig) -> Result:
 
 def build(
     model: SparseModel, examples: Sequence[Example], config: TrainConfig
-) -> tuple[Trainer, StopOnInterrupt, Progress]:
+) -> tuple["_SparseTrainer", StopOnInterrupt, Progress]:
     """Put updater, selector and callbacks under a Hugging Face Trainer."""
-    updates = config.max_steps or math.ceil(
-        config.epochs * math.ceil(len(examples) / (config.batch_size * config.accumulation))
-    )
+    arguments = _arguments(config)
+    per_update = config.batch_size * config.accumulation * arguments.world_size
+    updates = config.max_steps or math.ceil(config.epochs * math.ceil(len(examples) / per_update))
+    arguments.max_steps = updates
+    arguments.warmup_steps = math.ceil(config.warmup * updates)
     parameters = [layer.values for layer in model.layers.values()]
     updater = SparseAdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     schedule = ReselectionSchedule(
@@ -91,7 +94,7 @@ def build(
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     trainer = _SparseTrainer(
         model=model,
-        args=_arguments(config, updates),
+        args=arguments,
         train_dataset=list(examples),
         data_collator=partial(collate, pad=pad),
         optimizers=(updater, None),
@@ -109,6 +112,15 @@ class _SparseTrainer(Trainer):
         super().__init__(**arguments)
         self.reselection = reselection
 
+    def run(self, checkpoint: str | None) -> None:
+        """Train to the last update, from a checkpoint if there is one."""
+        if checkpoint is not None:
+            saved = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+            if saved.global_step >= self.args.max_steps:
+                self._load_from_checkpoint(checkpoint)  # `train` would make one update more
+                return
+        self.train(resume_from_checkpoint=checkpoint)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         assert isinstance(self.model, SparseModel)
         self.model.save_checkpoint(Path(output_dir or str(self.args.output_dir)))
@@ -119,16 +131,14 @@ class _SparseTrainer(Trainer):
         self.reselection.load(Path(resume_from_checkpoint))
 
 
-def _arguments(config: TrainConfig, updates: int) -> TrainingArguments:
+def _arguments(config: TrainConfig) -> TrainingArguments:
     scheduler = "constant_with_warmup" if config.schedule == "constant" else config.schedule
     return TrainingArguments(
         output_dir=str(config.checkpoints),
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulation,
-        max_steps=updates,
         learning_rate=config.learning_rate,
         lr_scheduler_type=scheduler,
-        warmup_steps=math.ceil(config.warmup * updates),
         max_grad_norm=0.0,  # the selector's gradients are not clipped, so the updater's are not
         logging_steps=1,
         save_steps=config.checkpoint_every,

@@ -32,8 +32,8 @@ class ReselectionSchedule:
         return update % self.every == self.steps
 
     def rate(self, update: int) -> float:
-        """Return the share of the support to replace after this update."""
-        if update == self.steps:
+        """Return the share of the support to replace after this update; none after the last."""
+        if update == self.steps < self.total:
             return 1.0
         progress = min(update / self.total, 1.0)
         if self.decay == "linear":

@@ -1,0 +1,284 @@
+"""Which positions leave and enter the support, checked against sets and against a dense run."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spieldose_kernels.linear import TrainableDelta
+from spieldose_trainer.selector import choose_exchange, exchange, flat_positions
+from spieldose_trainer.updater import SparseAdamW
+
+SHAPE = (6, 7)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A support and its candidates, with distinct magnitudes so that every choice is unique."""
+
+    active: torch.Tensor
+    values: torch.Tensor
+    candidates: torch.Tensor
+    gradients: torch.Tensor
+    count: int
+
+    def choose(self) -> tuple[set[int], set[int]]:
+        keep, grow = choose_exchange(
+            self.active, self.values, self.candidates, self.gradients, count=self.count
+        )
+        return set(self.active[keep].tolist()), set(self.candidates[grow].tolist())
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    everywhere = st.permutations(range(SHAPE[0] * SHAPE[1]))
+    size = draw(st.integers(1, 20))
+    candidates = draw(st.integers(size, SHAPE[0] * SHAPE[1]))
+    return Case(
+        active=torch.tensor(sorted(draw(everywhere)[:size])),
+        values=distinct(draw, size),
+        candidates=torch.tensor(sorted(draw(everywhere)[:candidates])),
+        gradients=distinct(draw, candidates),
+        count=draw(st.integers(0, size)),
+    )
+
+
+@given(cases())
+def test_the_smallest_values_leave_and_the_largest_gradients_enter(case: Case) -> None:
+    value = dict(zip(case.active.tolist(), case.values.abs().tolist(), strict=True))
+    gradient = dict(zip(case.candidates.tolist(), case.gradients.abs().tolist(), strict=True))
+    dropped = set(sorted(value, key=value.__getitem__)[: case.count])
+    free = set(gradient) - (set(value) - dropped)
+    grown = set(sorted(free, key=gradient.__getitem__, reverse=True)[: case.count])
+    assert case.choose() == (set(value) - (dropped - grown), grown - dropped)
+
+
+@given(cases())
+def test_an_exchange_never_changes_the_size_of_the_support(case: Case) -> None:
+    kept, grown = case.choose()
+    assert not kept & grown
+    assert len(kept) + len(grown) == case.active.numel()
+
+
+def test_a_survivor_with_the_largest_gradient_is_not_grown_again() -> None:
+    keep, grow = choose_exchange(
+        torch.tensor([3, 5]),
+        torch.tensor([0.1, -9.0]),
+        torch.tensor([4, 5, 6]),
+        torch.tensor([1.0, 100.0, -2.0]),
+        count=1,
+    )
+    assert keep.tolist() == [False, True]
+    assert grow.tolist() == [2]
+
+
+def test_a_position_both_dropped_and_grown_is_kept() -> None:
+    keep, grow = choose_exchange(
+        torch.tensor([3, 5]),
+        torch.tensor([0.1, 9.0]),
+        torch.tensor([3, 4]),
+        torch.tensor([-5.0, 1.0]),
+        count=1,
+    )
+    assert keep.tolist() == [True, True]
+    assert grow.tolist() == []
+
+
+@given(cases())
+def test_survivors_carry_their_value_and_moments_and_newcomers_start_at_zero(case: Case) -> None:
+    layer, updater = populated(case)
+    before = table(layer, updater)
+    kept, grown = exchanged(case, layer, updater)
+    zeros = (0.0, 0.0, 0.0, 0.0)
+    expected = {p: before[p] if p in kept else zeros for p in kept | grown}
+    assert table(layer, updater) == expected
+
+
+@given(cases())
+def test_the_support_stays_sorted(case: Case) -> None:
+    layer, updater = populated(case)
+    exchanged(case, layer, updater)
+    positions = flat_positions(layer, SHAPE)
+    assert bool((positions.diff() > 0).all())
+    assert int(layer.row_starts[-1]) == positions.numel()
+
+
+@pytest.mark.parametrize("decay", ["linear", "cosine"])
+@pytest.mark.parametrize("weight_decay", [0.0, 2.0])
+def test_sixty_updates_follow_a_dense_float64_run(
+    make_toy: Callable[..., Any], decay: str, weight_decay: float
+) -> None:
+    toy = make_toy(every=10, decay=decay, weight_decay=weight_decay)
+    assert_follows(toy, DenseRun(toy))
+
+
+@pytest.mark.parametrize("accumulation", [2, 3])
+def test_accumulated_updates_follow_a_dense_float64_run(
+    make_toy: Callable[..., Any], accumulation: int
+) -> None:
+    toy = make_toy(every=10, density=0.5, accumulation=accumulation)  # candidates: all weights
+    assert_follows(toy, DenseRun(toy))
+
+
+def test_the_layers_backward_passes_are_not_watched_before_the_run(
+    make_toy: Callable[..., Any],
+) -> None:
+    assert all(layer.probe is None for layer in make_toy().layers.values())
+
+
+def test_a_selector_restored_within_a_phase_chooses_the_same(
+    make_toy: Callable[..., Any],
+) -> None:
+    whole, broken = make_toy(), make_toy()
+    for update in range(1, 4):
+        whole.update(update)
+        broken.update(update)
+    state = broken.selector.state_dict()
+    broken.selector.candidates = {}
+    broken.selector.load_state_dict(state)
+    for update in range(4, 6):
+        whole.update(update)
+        broken.update(update)
+    for name in whole.layers:
+        assert torch.equal(whole.positions(name), broken.positions(name))
+        assert torch.equal(whole.moment(name, "exp_avg"), broken.moment(name, "exp_avg"))
+
+
+def test_a_selector_between_phases_has_nothing_to_save(make_toy: Callable[..., Any]) -> None:
+    toy = make_toy()
+    for update in range(1, 7):
+        toy.update(update)
+    assert toy.selector.state_dict() == {}
+
+
+class DenseRun:
+    """The method written down plainly: full matrices, float64, masks, PAPERS' formulas."""
+
+    def __init__(self, toy: Any) -> None:
+        self.toy = toy
+        self.support = {n: toy.dense(n, torch.ones_like(v.values)) for n, v in toy.layers.items()}
+        self.deltas = {
+            n: torch.zeros(s, dtype=torch.float64, requires_grad=True)
+            for n, s in toy.shapes.items()
+        }
+        blank = {n: torch.zeros(s, dtype=torch.float64) for n, s in toy.shapes.items()}
+        self.first, self.second, self.age, self.total, self.square, self.candidate = (
+            {n: zeros.clone() for n, zeros in blank.items()} for _ in range(6)
+        )
+        self.support = {n: mask.bool() for n, mask in self.support.items()}
+        self.samples = 0
+
+    def product(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        return x @ (self.toy.weights[name] + self.deltas[name]).t()
+
+    def update(self, number: int) -> None:
+        loss = sum(self.toy.loss(self.product, x, t) for x, t in self.toy.batches(number))
+        gradients = torch.autograd.grad(loss, list(self.deltas.values()))
+        for name, gradient in zip(self.deltas, gradients, strict=True):
+            self.accumulate(number, name, gradient)
+            self.move(name, gradient)
+        within = (number - 1) % self.toy.schedule.every
+        self.samples = within + 1
+        if self.samples == self.toy.schedule.steps:
+            for name in self.deltas:
+                self.reselect(number, name)
+
+    def accumulate(self, number: int, name: str, gradient: torch.Tensor) -> None:
+        if number % self.toy.schedule.every == 1:
+            wanted = 2 * int(self.support[name].sum())
+            threshold = gradient.abs().flatten().sort(descending=True).values
+            lowest = threshold[min(wanted, gradient.numel()) - 1]
+            self.candidate[name] = gradient.abs() >= lowest
+            self.total[name].zero_()
+            self.square[name].zero_()
+        self.total[name] += gradient
+        self.square[name] += gradient**2
+
+    def move(self, name: str, gradient: torch.Tensor) -> None:
+        group = self.toy.updater.param_groups[0]
+        lr, decay, (beta1, beta2) = group["lr"], group["weight_decay"], group["betas"]
+        on = self.support[name]
+        self.age[name][on] += 1
+        self.first[name][on] = (beta1 * self.first[name] + (1 - beta1) * gradient)[on]
+        self.second[name][on] = (beta2 * self.second[name] + (1 - beta2) * gradient**2)[on]
+        mean = self.first[name][on] / (1 - beta1 ** self.age[name][on])
+        spread = (self.second[name][on] / (1 - beta2 ** self.age[name][on])).sqrt()
+        with torch.no_grad():
+            old = self.deltas[name][on]
+            self.deltas[name][on] = old - lr * decay * old - lr * mean / (spread + group["eps"])
+
+    def reselect(self, number: int, name: str) -> None:
+        on, delta = self.support[name], self.deltas[name].detach()
+        replaced = int(int(on.sum()) * self.toy.schedule.rate(number))
+        survivors = on.clone().flatten()
+        survivors[delta.abs().masked_fill(~on, torch.inf).flatten().argsort()[:replaced]] = False
+        survivors = survivors.view_as(on)
+        free = self.candidate[name] & ~survivors
+        score = self.total[name].abs().masked_fill(~free, -torch.inf).flatten()
+        grown = torch.zeros_like(score, dtype=torch.bool)
+        grown[score.argsort(descending=True)[:replaced]] = True
+        grown = grown.view_as(on)
+        fresh, left = grown & ~on, on & ~(survivors | grown)
+        beta1, beta2 = self.toy.updater.param_groups[0]["betas"]
+        n = self.samples
+        with torch.no_grad():
+            for entries in (self.deltas, self.first, self.second, self.age):
+                entries[name][left] = 0
+        self.age[name][fresh] = n
+        self.first[name][fresh] = self.total[name][fresh] / n * (1 - beta1**n)
+        self.second[name][fresh] = self.square[name][fresh] / n * (1 - beta2**n)
+        self.support[name] = survivors | grown
+
+
+def assert_follows(toy: Any, dense: DenseRun) -> None:
+    """Run both for 60 updates; the support and every number must agree after each."""
+    changes = 0
+    for number in range(1, 61):
+        changes += toy.update(number) > 0
+        dense.update(number)
+        for name, layer in toy.layers.items():
+            on = dense.support[name].flatten().nonzero().flatten()
+            assert toy.positions(name).tolist() == on.tolist(), f"update {number}, {name}"
+            values = toy.dense(name, layer.values).double()
+            torch.testing.assert_close(values, dense.deltas[name].detach(), rtol=1e-4, atol=1e-6)
+            age = toy.moment(name, "age").double()
+            assert torch.equal(age, dense.age[name])
+    assert changes >= 5  # the last rate may be too low to replace anything
+
+
+def distinct(draw: st.DrawFn, size: int) -> torch.Tensor:
+    order = draw(st.permutations(range(1, size + 1)))
+    signs = draw(st.lists(st.sampled_from([-1.0, 1.0]), min_size=size, max_size=size))
+    return torch.tensor(order) * torch.tensor(signs)
+
+
+def populated(case: Case) -> tuple[TrainableDelta, SparseAdamW]:
+    """Make a layer over the case's support whose moments are as telling as its values."""
+    rows, columns = case.active // SHAPE[1], case.active % SHAPE[1]
+    row_starts = torch.searchsorted(rows, torch.arange(SHAPE[0] + 1)).int()
+    layer = TrainableDelta(row_starts, columns.int())
+    layer.values.data.copy_(case.values)
+    updater = SparseAdamW([layer.values], lr=0.1)
+    for shift, moment in enumerate(updater.moments(layer.values).values(), start=1):
+        moment.copy_(case.values + 100 * shift)
+    return layer, updater
+
+
+def exchanged(case: Case, layer: TrainableDelta, updater: SparseAdamW) -> tuple[set[int], set[int]]:
+    keep, grow = choose_exchange(
+        case.active, case.values, case.candidates, case.gradients, count=case.count
+    )
+    grown = case.candidates[grow]
+    exchange(layer, updater, shape=SHAPE, keep=keep, grown=grown)
+    return set(case.active[keep].tolist()), set(grown.tolist())
+
+
+def table(layer: TrainableDelta, updater: SparseAdamW) -> dict[int, tuple[float, ...]]:
+    """Return value and moments by position."""
+    columns = [layer.values.detach(), *updater.moments(layer.values).values()]
+    rows = torch.stack(columns, dim=1).tolist()
+    return dict(zip(flat_positions(layer, SHAPE).tolist(), map(tuple, rows), strict=True))

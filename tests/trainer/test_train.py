@@ -1,0 +1,346 @@
+"""Whole runs on the tiny model: they learn, write a file, stop, and go on where they stopped."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from spieldose_kernels.base import Base
+from spieldose_kernels.delta_file import read_delta
+from spieldose_trainer import loop
+from spieldose_trainer.callbacks import StopOnInterrupt
+from spieldose_trainer.config import TrainConfig
+from spieldose_trainer.data import read_examples
+from spieldose_trainer.errors import ConfigError, Interrupted
+from spieldose_trainer.loop import Result, build, train
+from spieldose_trainer.model import SparseModel
+
+COMMAND = shutil.which("spieldose", path=str(Path(sys.executable).parent))
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+
+Configure = Callable[..., TrainConfig]
+
+
+@pytest.fixture
+def configure(tiny_directory: Path, tmp_path: Path) -> Configure:
+    """Make the configuration of a short run with phases 1-2, 5-6 and 9-10."""
+    return configuration(tiny_directory, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """The same run from its first update to its last."""
+    torch.set_num_threads(1)
+    return train(configuration(tiny_directory, tmp_path_factory.mktemp("unbroken"))())
+
+
+@pytest.fixture
+def interrupt_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
+    """Let runs receive SIGINT during one update; None: no more."""
+
+    def interrupt_in(update: int | None) -> None:
+        monkeypatch.setattr(loop, "StopOnInterrupt", lambda: Interrupting(update))
+
+    return interrupt_in
+
+
+class Interrupting(StopOnInterrupt):
+    """Press Ctrl-C in the middle of one update."""
+
+    def __init__(self, update: int | None) -> None:
+        super().__init__()
+        self.update = update
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step + 1 == self.update:
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_run_lowers_the_loss(configure: Configure) -> None:
+    losses = train(configure(max_steps=25)).losses
+    assert len(losses) == 25
+    assert sum(losses[-3:]) < 0.6 * sum(losses[:3])
+
+
+def test_a_runs_file_is_accepted_against_its_base(configure: Configure, tiny_base: Base) -> None:
+    result = train(configure(max_steps=4, description="sums"))
+    adapter = read_delta(result.file.read_bytes(), tiny_base.spec)
+    assert set(adapter.modules) == set(tiny_base.spec.shapes)
+    assert adapter.info.method == "spiel-ag"
+    assert adapter.info.description == "sums"
+    assert adapter.info.density == pytest.approx(0.05, rel=0.01)
+    assert adapter.info.settings["max_steps"] == "4"
+
+
+def test_a_runs_file_holds_the_trained_values(configure: Configure) -> None:
+    result = train(configure(max_steps=4))
+    written = read_delta(result.file.read_bytes()).modules
+    for name, layer in result.model.layers.items():
+        assert torch.equal(written[name].values, layer.values.detach())
+        assert bool(written[name].values.any())
+
+
+def test_a_finished_run_leaves_no_checkpoints(configure: Configure) -> None:
+    config = configure(max_steps=4, checkpoint_every=2)
+    train(config)
+    assert [path.name for path in config.out.parent.iterdir()] == ["sums.safetensors"]
+
+
+def test_the_base_is_left_as_it_was(configure: Configure, tiny_base: Base) -> None:
+    model = train(configure(max_steps=4)).model
+    for name, layer in model.base.layers.items():
+        assert torch.equal(layer.weight.data, tiny_base.layers[name].weight.data)
+
+
+def test_epochs_count_passes_over_the_data(configure: Configure) -> None:
+    config = configure(max_steps=None, epochs=2.0, batch_size=4)  # 10 examples: 3 updates a pass
+    assert len(train(config).losses) == 6
+
+
+def test_accumulated_passes_see_the_gradient_of_one_big_batch(
+    configure: Configure, tiny_base: Base, tiny_directory: Path
+) -> None:
+    whole = first_gradients(configure(batch_size=10), tiny_directory)
+    parts = first_gradients(configure(batch_size=2, accumulation=5), tiny_directory)
+    for name, gradient in whole.items():
+        scale = float(gradient.abs().max())
+        torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("update", [1, 3, 6])  # within a phase, outside, at the end of one
+def test_an_interrupted_run_resumes_to_the_same_bits(
+    configure: Configure,
+    interrupt_in: Callable[[int | None], None],
+    unbroken: Result,
+    update: int,
+) -> None:
+    interrupt_in(update)
+    with pytest.raises(Interrupted):
+        train(configure())
+    interrupt_in(None)
+    resumed = train(configure(resume=True))
+    assert resumed.losses == unbroken.losses[update:]
+    assert_same_deltas(resumed, unbroken)
+
+
+def test_a_resumed_run_may_be_interrupted_again(
+    configure: Configure, interrupt_in: Callable[[int | None], None], unbroken: Result
+) -> None:
+    for update in (2, 5):
+        interrupt_in(update)
+        with pytest.raises(Interrupted):
+            train(configure(resume=update > 2))
+    interrupt_in(None)
+    assert_same_deltas(train(configure(resume=True)), unbroken)
+
+
+def test_an_interrupted_run_says_where_it_stopped_and_how_to_go_on(
+    configure: Configure, interrupt_in: Callable[[int | None], None]
+) -> None:
+    config = configure()
+    interrupt_in(3)
+    with pytest.raises(Interrupted, match=r"stopped after update 3 of 10; .*--resume"):
+        train(config)
+    assert [path.name for path in config.checkpoints.iterdir()] == ["checkpoint-3"]
+    assert not config.out.exists()
+
+
+def test_an_interrupt_in_the_last_update_finishes_the_run(
+    configure: Configure, interrupt_in: Callable[[int | None], None]
+) -> None:
+    interrupt_in(4)
+    assert train(configure(max_steps=4)).file.exists()
+
+
+def test_a_run_gives_sigint_back(configure: Configure) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    train(configure(max_steps=1))
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_second_interrupt_ends_the_run_at_once() -> None:
+    stop = StopOnInterrupt()
+    with stop.listening():
+        signal.raise_signal(signal.SIGINT)
+        assert stop.requested
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_run_that_failed_after_its_last_update_is_finished_by_resuming(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, unbroken: Result
+) -> None:
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="disk full"):
+        patched.setattr(loop, "write_delta", disk_full)
+        train(configure())
+    resumed = train(configure(resume=True))
+    assert resumed.losses == []  # no update more
+    assert_same_deltas(resumed, unbroken)
+
+
+def test_a_leftover_checkpoint_is_not_trained_over(configure: Configure) -> None:
+    config = configure()
+    (config.checkpoints / "checkpoint-3").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="checkpoint-3 holds an unfinished run: pass --resume"):
+        train(config)
+
+
+def test_resuming_needs_a_checkpoint(configure: Configure) -> None:
+    with pytest.raises(
+        ConfigError, match=r"expected a checkpoint in .*sums.checkpoints .*got none"
+    ):
+        train(configure(resume=True))
+
+
+def test_resuming_at_another_density_is_refused(
+    configure: Configure, interrupt_in: Callable[[int | None], None]
+) -> None:
+    interrupt_in(1)
+    with pytest.raises(Interrupted):
+        train(configure())
+    with pytest.raises(ConfigError, match=r"expected \d+ entries at this density, got \d+"):
+        train(configure(resume=True, density=0.01))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("out", Path("adapter.bin")),
+        ("density", 0.0),
+        ("density", 1.5),
+        ("density", float("nan")),
+        ("learning_rate", -1e-3),
+        ("warmup", 1.1),
+        ("initial_rate", -0.1),
+        ("batch_size", 0),
+        ("accumulation", 0),
+        ("max_length", 0),
+        ("selection_steps", 0),
+        ("checkpoint_every", 0),
+        ("epochs", 0.0),
+        ("max_steps", 0),
+        ("weight_decay", -1.0),
+        ("reselect_every", 2),
+    ],
+)
+def test_a_setting_out_of_range_is_named_with_its_value(
+    configure: Configure, field: str, value: object
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        configure(**{field: value})
+    assert field in str(error.value)
+    assert str(value) in str(error.value).partition("got")[2]
+
+
+def test_the_command_explains_every_setting() -> None:
+    done = spieldose("train", "--help")
+    assert done.returncode == 0
+    assert "--density" in done.stdout
+    assert "share of the target layers' weights that may change" in " ".join(done.stdout.split())
+
+
+def test_the_command_refuses_a_missing_data_file_in_one_line(configure: Configure) -> None:
+    done = spieldose("train", *arguments(configure(), data="none.jsonl"))
+    assert done.returncode == 1
+    assert done.stderr.startswith("spieldose train: none.jsonl: expected a readable")
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_command_refuses_a_setting_out_of_range_in_one_line(configure: Configure) -> None:
+    done = spieldose("train", *arguments(configure(), density="2"))
+    assert done.returncode == 1
+    assert done.stderr == "spieldose train: density must be above 0 and at most 1, got 2.0\n"
+
+
+def test_ctrl_c_stops_the_command_with_a_checkpoint(configure: Configure) -> None:
+    config = configure()
+    assert COMMAND is not None
+    command = [COMMAND, "train", *arguments(config, max_steps="100000")]
+    with subprocess.Popen(command, env=ONE_THREAD, stderr=subprocess.PIPE) as running:
+        assert running.stderr is not None
+        seen = b""
+        while b"loss=" not in seen:  # the bar counts an update: it runs
+            seen += running.stderr.read1()
+        running.send_signal(signal.SIGINT)
+        seen += running.stderr.read()
+    assert running.returncode == 1
+    last = seen.decode().splitlines()[-1]
+    assert last.startswith("spieldose train: stopped after update ")
+    assert "Traceback" not in seen.decode()
+    assert any(config.checkpoints.glob("checkpoint-*"))
+
+
+def configuration(base: Path, directory: Path) -> Configure:
+    data = directory / "data.jsonl"
+    lines = [{"prompt": f"{a}+", "completion": f"is {a * 3}"} for a in range(10)]
+    data.write_text("\n".join(map(json.dumps, lines)))
+    settings = {
+        "base": str(base),
+        "data": data,
+        "out": directory / "out" / "sums.safetensors",
+        "density": 0.05,
+        "max_steps": 10,
+        "batch_size": 4,
+        "learning_rate": 1e-2,
+        "reselect_every": 4,
+        "selection_steps": 2,
+        "schedule": "constant",  # the last updates count as much as the first
+        "compute_dtype": "float32",
+        "device": "cpu",
+    }
+    return lambda **changes: TrainConfig(**{**settings, **changes})
+
+
+class Stop(TrainerCallback):
+    """End a run after its first update."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop = True
+
+
+def first_gradients(config: TrainConfig, base_directory: Path) -> dict[str, torch.Tensor]:
+    """Return every layer's candidate sums after one update in which all weights are candidates."""
+    base = loop.load_base(
+        str(base_directory), device=torch.device("cpu"), compute_dtype=torch.float32, fused=False
+    )
+    model = SparseModel(base, density=0.5, seed=0)
+    examples = read_examples(config.data, base.tokenizer, max_length=config.max_length)
+    trainer, _, _ = build(model, examples, config)
+    trainer.add_callback(Stop())
+    trainer.train()
+    return {name: c.total for name, c in trainer.reselection.selector.candidates.items()}
+
+
+def assert_same_deltas(a: Result, b: Result) -> None:
+    first, second = (read_delta(result.file.read_bytes()).modules for result in (a, b))
+    for name, delta in first.items():
+        assert torch.equal(delta.row_starts, second[name].row_starts)
+        assert torch.equal(delta.columns.int(), second[name].columns.int())
+        assert torch.equal(delta.values, second[name].values)
+
+
+def disk_full(*_: Any) -> None:
+    raise OSError("disk full")
+
+
+def spieldose(*words: str) -> subprocess.CompletedProcess[str]:
+    assert COMMAND is not None
+    return subprocess.run(
+        [COMMAND, *words], env=ONE_THREAD, capture_output=True, text=True, timeout=120
+    )
+
+
+def arguments(config: TrainConfig, **changes: str) -> list[str]:
+    """Spell a configuration as the command line has it."""
+    names = ("base", "data", "out", "density", "max_steps", "batch_size", "device")
+    settings = {name: str(getattr(config, name)) for name in names} | changes
+    return [w for name, v in settings.items() for w in (f"--{name.replace('_', '-')}", v)]

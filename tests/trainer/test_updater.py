@@ -1,0 +1,84 @@
+"""AdamW with an age per value: PyTorch's own when all ages agree, calibrated when they do not."""
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from spieldose_trainer.updater import SparseAdamW
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 3.0])
+def test_with_equal_ages_it_is_pytorchs_adamw(weight_decay: float) -> None:
+    start = torch.randn(50, generator=torch.Generator().manual_seed(3))
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    settings = {"lr": 3e-3, "weight_decay": weight_decay}
+    a = SparseAdamW([ours], **settings)
+    b = torch.optim.AdamW([theirs], eps=1e-6, **settings)
+    for gradient in gradients(30):
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        a.step()
+        b.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_decay_pulls_a_delta_without_gradient_to_zero() -> None:
+    values = torch.nn.Parameter(torch.tensor([2.0, -4.0]))
+    updater = SparseAdamW([values], lr=0.1, weight_decay=1.0)
+    values.grad = torch.zeros(2)
+    updater.step()
+    torch.testing.assert_close(values.detach(), torch.tensor([1.8, -3.6]))
+
+
+def test_values_without_a_gradient_stay() -> None:
+    values = torch.nn.Parameter(torch.ones(2))
+    SparseAdamW([values], lr=0.1, weight_decay=1.0).step()
+    assert values.tolist() == [1.0, 1.0]
+
+
+def test_seeding_some_values_leaves_the_others_alone() -> None:
+    values = torch.nn.Parameter(torch.zeros(3))
+    updater = SparseAdamW([values], lr=0.1)
+    values.grad = torch.ones(3)
+    updater.step()
+    before = {name: moment.clone() for name, moment in updater.moments(values).items()}
+    where = torch.tensor([False, True, False])
+    updater.seed(values, where, mean=torch.ones(1), mean_square=torch.ones(1), age=5)
+    for name, moment in updater.moments(values).items():
+        assert torch.equal(moment[~where], before[name][~where])
+
+
+def test_a_step_returns_the_closures_loss() -> None:
+    values = torch.nn.Parameter(torch.ones(1))
+    updater = SparseAdamW([values], lr=0.1)
+    assert updater.step(lambda: 7.0) == 7.0
+
+
+def test_a_run_restored_from_its_state_goes_on_bit_for_bit() -> None:
+    torch.manual_seed(0)
+    whole = torch.nn.Parameter(torch.randn(50))
+    updater = SparseAdamW([whole], lr=1e-2, weight_decay=0.1)
+    where = torch.arange(50) < 10
+    updater.seed(whole, where, mean=torch.randn(10), mean_square=torch.rand(10), age=7)
+    halves = list(gradients(10))
+    advance(updater, whole, halves[:5])
+    restored = torch.nn.Parameter(whole.detach().clone())
+    second = SparseAdamW([restored], lr=9.0)
+    second.load_state_dict(copy.deepcopy(updater.state_dict()))  # as from a file
+    advance(updater, whole, halves[5:])
+    advance(second, restored, halves[5:])
+    assert torch.equal(whole, restored)
+    assert torch.equal(updater.moments(whole)["age"], second.moments(restored)["age"])
+
+
+def gradients(count: int) -> Iterator[torch.Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    for _ in range(count):
+        yield torch.randn(50, generator=generator)
+
+
+def advance(updater: SparseAdamW, values: torch.nn.Parameter, seen: list[torch.Tensor]) -> None:
+    for gradient in seen:
+        values.grad = gradient.clone()
+        updater.step()
