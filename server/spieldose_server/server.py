@@ -120,5 +120,6 @@ class Server:
         await self._grpc.stop(self.config.drain_seconds)
         if self._watching is not None:
             self._watching.cancel()
+            await asyncio.wait([self._watching])
         await asyncio.to_thread(self.engine.stop)
         log.info("stopped")

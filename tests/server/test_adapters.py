@@ -1,0 +1,201 @@
+"""Adapters come, change and go while requests run."""
+
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import torch
+
+from spieldose_kernels.delta import Adapter
+from spieldose_kernels.delta_file import write_delta
+from spieldose_proto import inference_pb2 as pb
+from spieldose_server.client import ClientError
+
+from .conftest import Running, eventually
+
+MakeAdapter = Callable[..., Adapter]
+
+
+def test_a_file_dropped_in_is_served(running: Running, make_adapter: MakeAdapter) -> None:
+    write_delta(running.directory / "new.safetensors", make_adapter(9))
+    eventually(lambda: running.state("new") == "resident")
+    assert running.client.generate("x", adapter="new").adapter.startswith("new@")
+
+
+def test_a_file_being_written_is_not_touched_until_it_is_complete(
+    running: Running, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    write_delta(tmp_path / "whole.safetensors", make_adapter(9))
+    payload = (tmp_path / "whole.safetensors").read_bytes()
+    with open(running.directory / "slow.safetensors", "wb") as file:
+        for part in _parts(payload, 8):
+            file.write(part)
+            file.flush()
+            time.sleep(0.3)
+            if file.tell() < len(payload):
+                assert running.state("slow") == ""
+    eventually(lambda: running.state("slow") == "resident")
+
+
+def test_a_removed_file_is_unloaded_once_its_requests_are_done(running: Running) -> None:
+    free = running.server.engine.slab.arena.free_words
+    with Stream(running, "a1") as stream:
+        (running.directory / "a1.safetensors").unlink()
+        eventually(lambda: running.state("a1") == "draining")
+        with pytest.raises(ClientError) as caught:
+            running.client.generate("x", adapter="a1")
+        assert caught.value.code == grpc.StatusCode.NOT_FOUND
+        stream.next()
+    eventually(lambda: running.state("a1") == "")
+    assert running.server.engine.slab.arena.free_words > free
+
+
+def test_a_replaced_adapter_finishes_its_running_requests_on_the_old_version(
+    running: Running, make_adapter: MakeAdapter
+) -> None:
+    sampling = pb.SamplingParams(max_tokens=300)
+    old = running.client.generate("hello", adapter="a1", sampling=sampling)
+    with Stream(running, "a1") as stream:
+        write_delta(running.directory / "a1.safetensors", make_adapter(77))
+        eventually(lambda: running.state("a1") == "resident, draining")
+        new = running.client.generate("hello", adapter="a1", sampling=sampling)
+        assert new.adapter != old.adapter
+        assert stream.rest() == old.token_ids
+    assert new.token_ids != old.token_ids
+    eventually(lambda: running.state("a1") == "resident")
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("truncated", "header declares a file of"),
+        ("pickle", "got a pickle"),
+        ("foreign base", "got a delta for base"),
+        ("out of range", "expected indices below"),
+        ("duplicate index", "expected strictly ascending rows"),
+        ("nan", "expected finite values"),
+        ("text", "expected a safetensors file"),
+    ],
+)
+def test_a_bad_file_is_refused_with_its_reason_while_streams_go_on(
+    running: Running, make_adapter: MakeAdapter, kind: str, reason: str
+) -> None:
+    sampling = pb.SamplingParams(max_tokens=300)
+    alone = running.client.generate("hello", adapter="a1", sampling=sampling)
+    with Stream(running, "a1") as stream:
+        write_bad(running.directory / "bad.safetensors", make_adapter(9), kind)
+        eventually(lambda: reason in running.state("bad"))
+        assert reason in running.client.adapter("bad").reason
+        with pytest.raises(ClientError) as caught:
+            running.client.generate("x", adapter="bad")
+        assert caught.value.code == grpc.StatusCode.FAILED_PRECONDITION
+        assert stream.rest() == alone.token_ids
+    assert running.client.generate("x", adapter="a2").adapter.startswith("a2@")
+
+
+def test_a_bad_replacement_leaves_the_good_version_in_service(running: Running) -> None:
+    before = running.client.generate("x", adapter="a1")
+    (running.directory / "a1.safetensors").write_bytes(b"\x80\x02nonsense")
+    eventually(lambda: "rejected" in running.state("a1"))
+    assert running.client.generate("x", adapter="a1") == before
+
+
+def test_load_and_unload(running: Running) -> None:
+    running.client.unload("a1")
+    assert running.state("a1") == ""
+    time.sleep(1.5)  # longer than the directory's own rescan
+    assert running.state("a1") == ""
+    assert running.client.load("a1").state == pb.ADAPTER_STATE_RESIDENT
+    assert running.client.generate("x", adapter="a1").adapter.startswith("a1@")
+
+
+@pytest.mark.parametrize("name", ["nobody", "../a1", "", "/etc/passwd"])
+def test_loading_what_is_not_in_the_directory_is_not_found(running: Running, name: str) -> None:
+    with pytest.raises(ClientError) as caught:
+        running.client.load(name)
+    assert caught.value.code == grpc.StatusCode.NOT_FOUND
+
+
+def test_an_adapter_that_does_not_fit_is_refused_and_the_others_play(
+    running: Running, make_adapter: MakeAdapter
+) -> None:
+    write_delta(running.directory / "huge.safetensors", make_adapter(9, density=1.0))
+    write_delta(running.directory / "huge2.safetensors", make_adapter(8, density=1.0))
+    for seed in range(10, 16):
+        write_delta(running.directory / f"big{seed}.safetensors", make_adapter(seed, density=0.9))
+    eventually(lambda: "adapter memory is full" in _states(running))
+    assert running.client.generate("x", adapter="a3").adapter.startswith("a3@")
+
+
+class Stream:
+    """A request that is running while the block is: its stream is not read to the end."""
+
+    def __init__(self, running: Running, adapter: str) -> None:
+        sampling = pb.SamplingParams(max_tokens=300)
+        request = pb.GenerateRequest(text="hello", adapter_id=adapter, sampling_params=sampling)
+        # the server is held up by a gate in front of the model, so the request cannot end early
+        self._gate = threading.Event()
+        self._hook = running.base.model.register_forward_pre_hook(self._wait)
+        self._call: Any = running.client.inference.Generate(request)
+        self._tokens: list[int] = []
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._gate.set()
+        self._call.cancel()
+        self._hook.remove()
+
+    def _wait(self, *_: object) -> None:
+        if not self._gate.is_set():
+            time.sleep(0.01)
+
+    def next(self) -> None:
+        self._tokens += next(self._call).chunk.token_ids
+
+    def rest(self) -> tuple[int, ...]:
+        self._gate.set()
+        return (*self._tokens, *(t for r in self._call for t in r.chunk.token_ids))
+
+
+def write_bad(path: Path, adapter: Adapter, kind: str) -> None:
+    """Write a delta file that is wrong in one way."""
+    delta = next(delta for delta in adapter.modules.values() if delta.nnz > 2)
+    if kind == "pickle":
+        torch.save({"weights": torch.zeros(3)}, path)
+        return
+    if kind == "text":
+        path.write_text("this is no delta file, but it is quite long")
+        return
+    if kind == "foreign base":
+        object.__setattr__(adapter.info, "base_fingerprint", "0" * 64)
+    elif kind == "out of range":
+        delta.columns[int(delta.row_starts[1:].max()) - 1] = delta.width
+    elif kind == "duplicate index":
+        row = int((delta.row_starts.diff() > 1).nonzero()[0])
+        first = int(delta.row_starts[row])
+        delta.columns[first + 1] = delta.columns[first]
+    elif kind == "nan":
+        delta.values[0] = torch.nan
+    write_delta(path, adapter)
+    if kind == "truncated":
+        scratch = path.with_suffix(".part")
+        shutil.copy(path, scratch)
+        path.unlink()
+        scratch.write_bytes(scratch.read_bytes()[:-100])
+        scratch.rename(path)
+
+
+def _parts(payload: bytes, count: int) -> list[bytes]:
+    size = -(-len(payload) // count)
+    return [payload[i : i + size] for i in range(0, len(payload), size)]
+
+
+def _states(running: Running) -> str:
+    return "; ".join(version.reason for version in running.server.store.list())
