@@ -190,10 +190,10 @@ def show(answers: list[Answer]) -> None:
         mine = [answer for answer in answers if answer.task is task]
         for prompt in sorted({answer.prompt for answer in mine})[:3]:
             said = {a.adapter: a.reply.text.strip() for a in mine if a.prompt == prompt}
-            table.add_row(prompt, said[""], said[task.name])
+            table.add_row(prompt.strip(), said[""], said[task.name])
         table.add_section()
     console.print(table)
-    scores = Table(title=f"exact match on {HELD_OUT} held-out items")
+    scores = Table(title=f"exact match on {HELD_OUT} held-out items", min_width=44)
     for heading in ("task", "base", "adapter"):
         scores.add_column(heading)
     for name, score in exact_match(answers).items():

@@ -142,6 +142,11 @@ class Slab:
         self._free_slots = list(range(slots))[::-1]
         self._lock = threading.Lock()  # of extents and slots, not held while tensors are copied
 
+    @property
+    def modules(self) -> list[str]:
+        """Return the names of the layers it covers."""
+        return list(self._modules)
+
     def layer(self, module: str) -> LayerSlab:
         """Return one layer's view; it follows every later `put` and `remove`."""
         return LayerSlab(

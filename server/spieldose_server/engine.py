@@ -31,7 +31,7 @@ from transformers.generation.continuous_batching.scheduler import (
 )
 
 from spieldose_kernels.base import Base
-from spieldose_kernels.delta_matmul import TokenGroups
+from spieldose_kernels.delta_matmul import TokenGroups, delta_matmul
 from spieldose_kernels.linear import Playing, ServedDelta, attach
 from spieldose_kernels.slab import Slab
 from spieldose_server.config import ServerConfig
@@ -103,6 +103,7 @@ class Engine:
         )
         self._playing = Playing()
         attach(base, lambda module: ServedDelta(self.slab.layer(module), self._playing))
+        self._compile(base.model.dtype)
         base.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         self._cancelled: set[str] = set()  # adding and discarding are atomic: both threads use it
         self._gone: dict[str, Callable[[], object]] = {}
@@ -214,6 +215,16 @@ class Engine:
         manager.warmup()  # creates the KV cache now, so that its capacity is known
         del registry[scheduler]
         return manager
+
+    def _compile(self, dtype: torch.dtype) -> None:
+        """Have the sparse product compiled before the first request waits for it."""
+        layer = self.slab.layer(self.slab.modules[0])
+        height, width = layer.shape
+        device = layer.arena.device
+        nobody = TokenGroups.of(torch.zeros(1, dtype=torch.int32, device=device))
+        assert nobody is not None
+        y = torch.zeros(1, height, dtype=dtype, device=device)
+        delta_matmul(y, torch.zeros(1, width, dtype=dtype, device=device), layer, nobody)
 
     def _released(self, request_id: str) -> None:
         if listener := self._gone.get(request_id):

@@ -29,7 +29,8 @@ def perturb(
     ranked = ranked.masked_fill((rank >= top_k[:, None]) & (top_k > 0)[:, None], -torch.inf)
     before = ranked.softmax(-1).cumsum(-1).roll(1, dims=-1)
     before[:, 0] = 0.0  # mass above each token; the first always stays
-    ranked = ranked.masked_fill(before >= top_p[:, None], -torch.inf)
+    cut = (before >= top_p[:, None]) & (top_p < 1)[:, None]  # rounded mass reaches 1 too early
+    ranked = ranked.masked_fill(cut, -torch.inf)
     kept = torch.empty_like(scores).scatter_(1, order, ranked)
     return torch.where(greedy, logits, kept + gumbel(seed, position, logits.shape[1]))
 

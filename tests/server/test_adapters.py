@@ -16,7 +16,7 @@ from spieldose_kernels.delta_file import write_delta
 from spieldose_proto import inference_pb2 as pb
 from spieldose_server.client import ClientError
 
-from .conftest import Running, eventually
+from ..conftest import Running, eventually
 
 MakeAdapter = Callable[..., Adapter]
 
@@ -58,7 +58,7 @@ def test_a_removed_file_is_unloaded_once_its_requests_are_done(running: Running)
 def test_a_replaced_adapter_finishes_its_running_requests_on_the_old_version(
     running: Running, make_adapter: MakeAdapter
 ) -> None:
-    sampling = pb.SamplingParams(max_tokens=300)
+    sampling = pb.SamplingParams(max_tokens=120)
     old = running.client.generate("hello", adapter="a1", sampling=sampling)
     with Stream(running, "a1") as stream:
         write_delta(running.directory / "a1.safetensors", make_adapter(77))
@@ -83,14 +83,19 @@ def test_a_replaced_adapter_finishes_its_running_requests_on_the_old_version(
     ],
 )
 def test_a_bad_file_is_refused_with_its_reason_while_streams_go_on(
-    running: Running, make_adapter: MakeAdapter, kind: str, reason: str
+    running: Running,
+    make_adapter: MakeAdapter,
+    caplog: pytest.LogCaptureFixture,
+    kind: str,
+    reason: str,
 ) -> None:
-    sampling = pb.SamplingParams(max_tokens=300)
+    sampling = pb.SamplingParams(max_tokens=120)
     alone = running.client.generate("hello", adapter="a1", sampling=sampling)
     with Stream(running, "a1") as stream:
         write_bad(running.directory / "bad.safetensors", make_adapter(9), kind)
         eventually(lambda: reason in running.state("bad"))
         assert reason in running.client.adapter("bad").reason
+        assert reason in caplog.text
         with pytest.raises(ClientError) as caught:
             running.client.generate("x", adapter="bad")
         assert caught.value.code == grpc.StatusCode.FAILED_PRECONDITION
@@ -136,7 +141,7 @@ class Stream:
     """A request that is running while the block is: its stream is not read to the end."""
 
     def __init__(self, running: Running, adapter: str) -> None:
-        sampling = pb.SamplingParams(max_tokens=300)
+        sampling = pb.SamplingParams(max_tokens=120)
         request = pb.GenerateRequest(text="hello", adapter_id=adapter, sampling_params=sampling)
         # the server is held up by a gate in front of the model, so the request cannot end early
         self._gate = threading.Event()
@@ -154,7 +159,7 @@ class Stream:
 
     def _wait(self, *_: object) -> None:
         if not self._gate.is_set():
-            time.sleep(0.01)
+            time.sleep(0.05)
 
     def next(self) -> None:
         self._tokens += next(self._call).chunk.token_ids

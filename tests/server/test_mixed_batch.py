@@ -9,7 +9,7 @@ from spieldose_kernels.delta_file import read_delta
 from spieldose_proto import inference_pb2 as pb
 from spieldose_server.client import Client, Reply
 
-from .conftest import Running
+from ..conftest import Running
 from .dense import assert_greedy, dense_model
 
 ADAPTERS = ("a1", "a2", "a3", "a4", "", "")

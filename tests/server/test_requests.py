@@ -10,7 +10,7 @@ from grpc_status import rpc_status
 from spieldose_proto import inference_pb2 as pb
 from spieldose_server.client import Client, ClientError
 
-from .conftest import Running
+from ..conftest import Running
 
 MAX_CONTEXT = 512
 

@@ -1,0 +1,86 @@
+"""From training data through the delta file to the server, on the real model."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from spieldose_proto import inference_pb2 as pb
+from spieldose_trainer.config import TrainConfig
+from spieldose_trainer.data import Example, collate, tokenise
+from spieldose_trainer.loop import Result, train
+from tasks import TASKS, split, write_examples
+
+TASK = TASKS[1]
+UPDATES = 7  # the first reselection is after 5
+
+
+@pytest.fixture(scope="module")
+def trained(real_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    directory = tmp_path_factory.mktemp("end-to-end")
+    examples, _ = split(TASK, train=UPDATES * 8, held_out=4)
+    write_examples(directory / "data.jsonl", examples)
+    return train(
+        TrainConfig(
+            base=str(real_directory),
+            data=directory / "data.jsonl",
+            out=directory / "adapters" / "dates.safetensors",
+            learning_rate=2e-3,
+            compute_dtype="float32",
+        )
+    )
+
+
+def test_a_served_adapter_scores_the_loss_it_had_in_the_trainer(
+    trained: Result, real_directory: Path, serve_tiny: Callable[..., Iterator[Any]]
+) -> None:
+    tokenizer = trained.model.base.tokenizer
+    _, held_out = split(TASK, train=0, held_out=4)
+    examples = [tokenise({"prompt": p, "completion": c}, tokenizer) for p, c in held_out]
+    in_trainer = [loss(trained.model.eval(), example) for example in examples]
+    settings = {"base": str(real_directory), "adapter_memory": 1 << 25}
+    for running in serve_tiny(trained.file.parent, **settings):
+        slot = running.server.store.get("dates").slot
+        with running.server.engine._manager.pause():  # the engine's thread owns the model
+            served = [loss(running.base.model, example, slot=slot) for example in examples]
+            as_base = [loss(running.base.model, example, slot=-1) for example in examples]
+        prompts = [prompt for prompt, _ in held_out]
+        sampling = pb.SamplingParams(max_tokens=6)
+        said = [running.client.generate(p, adapter="dates", sampling=sampling) for p in prompts]
+    torch.testing.assert_close(served, in_trainer, rtol=1e-4, atol=1e-5)
+    assert sum(as_base) > 1.5 * sum(served)
+    for prompt, reply in zip(prompts, said, strict=True):
+        assert list(reply.token_ids) == greedy(trained.model, tokenizer(prompt)["input_ids"], 6)
+
+
+def test_the_file_says_where_it_comes_from(trained: Result) -> None:
+    payload = trained.file.read_bytes()
+    header = json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])
+    metadata = header["__metadata__"]
+    assert metadata["base_fingerprint"] == trained.model.base.spec.fingerprint
+    assert json.loads(metadata["settings"])["learning_rate"] == "0.002"
+
+
+@torch.no_grad()
+def loss(model: torch.nn.Module, example: Example, *, slot: int | None = None) -> float:
+    batch = collate([example], pad=0)
+    playing = {}
+    if slot is not None:
+        length = batch["input_ids"].shape[1]
+        playing["logits_processor_args"] = torch.full((7, 1), slot, dtype=torch.int32)
+        playing["cu_seq_lens_q"] = torch.tensor([0, length], dtype=torch.int32)
+    return float(model(**batch, **playing).loss)
+
+
+@torch.no_grad()
+def greedy(model: torch.nn.Module, prompt: list[int], count: int) -> list[int]:
+    ids = list(prompt)
+    for _ in range(count):
+        logits = model(input_ids=torch.tensor([ids])).logits
+        ids.append(int(logits[0, -1].argmax()))
+        if ids[-1] == model.config.eos_token_id:
+            break
+    return ids[len(prompt) :]
