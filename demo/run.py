@@ -24,7 +24,7 @@ from rich.table import Table
 
 from fetch_base import fetch
 from spieldose_proto import inference_pb2 as pb
-from spieldose_server.client import Client, Reply
+from spieldose_server.client import Client
 from tasks import TASKS, Task, split, write_examples
 
 WORK = Path("build/demo")
@@ -32,7 +32,7 @@ COMMAND = Path(sys.executable).with_name("spieldose")
 BATCH = 8  # training examples per update
 HELD_OUT = 50  # items per task
 CONCURRENT = 16  # requests at once
-SAMPLING = pb.SamplingParams(max_tokens=48, stop=["\n"])
+SAMPLING = pb.SamplingParams(max_tokens=48)
 
 console = Console(width=110)
 
@@ -45,12 +45,12 @@ class Answer:
     prompt: str
     expected: str
     adapter: str  # empty for the base
-    reply: Reply
+    said: str
 
     @property
     def exact(self) -> bool:
-        """Say whether the answer is the expected one, white space at the ends aside."""
-        return self.reply.text.strip() == self.expected.strip()
+        """Say whether the answer is the expected one."""
+        return self.said == self.expected.strip()
 
 
 def main() -> None:
@@ -146,8 +146,8 @@ def play(client: Client, waiting: Path, served: Path) -> tuple[list[Answer], flo
         task, prompt, expected, adapter = job
         if adapter == late:
             dropped.wait()
-        reply = client.generate(prompt, adapter=adapter, sampling=SAMPLING)
-        return Answer(task, prompt, expected, adapter, reply)
+        said = first_line(client.stream(prompt, adapter=adapter, sampling=SAMPLING))
+        return Answer(task, prompt, expected, adapter, said)
 
     def drop() -> float:
         try:
@@ -163,8 +163,18 @@ def play(client: Client, waiting: Path, served: Path) -> tuple[list[Answer], flo
         dropping = pool.submit(drop)
         asked += [pool.submit(ask, job) for job in jobs[half:]]
         answers = [future.result() for future in asked]
-    tokens = sum(len(answer.reply.token_ids) for answer in answers)
+    tokens = client.model().engine.generated_tokens
     return answers, dropping.result(), tokens / (time.perf_counter() - started)
+
+
+def first_line(pieces: Iterator[str]) -> str:
+    """Return the first line with anything in it; leaving the stream there cancels the request."""
+    text = ""
+    for piece in pieces:
+        text += piece
+        if "\n" in text.lstrip():
+            break
+    return text.strip().partition("\n")[0]
 
 
 def hot_load(client: Client, file: Path, served: Path) -> float:
@@ -189,7 +199,7 @@ def show(answers: list[Answer]) -> None:
     for task in TASKS:
         mine = [answer for answer in answers if answer.task is task]
         for prompt in sorted({answer.prompt for answer in mine})[:3]:
-            said = {a.adapter: a.reply.text.strip() for a in mine if a.prompt == prompt}
+            said = {a.adapter: a.said for a in mine if a.prompt == prompt}
             table.add_row(prompt.strip(), said[""], said[task.name])
         table.add_section()
     console.print(table)

@@ -45,7 +45,7 @@ def orders() -> Iterator[Pair]:
     for form, name, count, colour, item, city in choices:
         text = form.format(name=name, count=count, colour=colour, item=item, city=city)
         answer = {"name": name, "city": city, "item": f"{colour} {item}", "count": count}
-        yield f"Order: {text}\nJSON:\n", json.dumps(answer)
+        yield f"Order: {text}\nJSON:", f" {json.dumps(answer)}"
 
 
 def dates() -> Iterator[Pair]:
@@ -56,7 +56,7 @@ def dates() -> Iterator[Pair]:
         forms, months, range(1, 29), range(1950, 2030)
     ):
         text = form.format(day=day, month=month, year=year)
-        yield f"Date: {text}\nISO:\n", f"{year}-{number:02d}-{day:02d}"
+        yield f"Date: {text}\nISO:", f" {year}-{number:02d}-{day:02d}"
 
 
 def emails() -> Iterator[Pair]:
@@ -65,7 +65,7 @@ def emails() -> Iterator[Pair]:
     for form, first, last, firm in itertools.product(forms, PEOPLE, FAMILIES, FIRMS):
         text = form.format(first=first, last=last, firm=firm)
         address = f"{first}.{last}@{firm}.com".lower()
-        yield f"Person: {text}\nE-mail:\n", address
+        yield f"Person: {text}\nE-mail:", f" {address}"
 
 
 TASKS = (

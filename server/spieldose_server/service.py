@@ -68,16 +68,12 @@ class InferenceService(rpc.InferenceServicer):
             count, ended = 0, False
             async with aclosing(self._engine.generate(generation)) as stream:
                 async for tokens in stream:
-                    chunk = pb.Chunk()
-                    for token in tokens.ids:
-                        chunk.token_ids.append(token)
-                        chunk.text += text.push([token])
-                        if text.stopped:
-                            break
-                    if tokens.finished and not text.stopped:
-                        chunk.text += text.finish()
-                    count += len(chunk.token_ids)
+                    piece, taken = text.push(tokens.ids)
+                    if tokens.finished:
+                        piece += text.finish()
+                    count += len(taken)
                     ended = text.stopped or tokens.hit_end
+                    chunk = pb.Chunk(text=piece, token_ids=taken)
                     yield pb.GenerateResponse(request_id=request_id, chunk=chunk)
                     if text.stopped:
                         break

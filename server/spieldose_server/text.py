@@ -19,17 +19,26 @@ class TextStream:
         self._held = ""  # decoded, but perhaps the beginning of a stop string
         self.stopped = False
 
-    def push(self, tokens: Sequence[int]) -> str:
-        """Return the text that is certain after these tokens; sets `stopped` at a stop string."""
-        for token in tokens:
+    def push(self, tokens: Sequence[int]) -> tuple[str, Sequence[int]]:
+        """Return the text that is certain now, and the tokens up to a stop string, if there is one.
+
+        `stopped` says whether there was.
+        """
+        text = ""
+        for taken, token in enumerate(tokens, start=1):
             self._tokens.append(token)
             piece = self._decoder.step(self._tokenizer.backend_tokenizer, token) or ""
             self._decoded += len(piece)
             self._held += piece
-        return self._release()
+            text += self._release()
+            if self.stopped:
+                return text, tokens[:taken]
+        return text, tokens
 
     def finish(self) -> str:
         """Return what is still held back once no token follows."""
+        if self.stopped:
+            return ""
         whole: Any = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
         self._held += whole[self._decoded :]
         text = self._release()

@@ -17,7 +17,7 @@ def tokenizer(tiny_directory) -> PreTrainedTokenizerBase:
 @given(text=st.text(min_size=1, max_size=40))
 def test_pieces_never_hold_half_a_character(tokenizer, text: str) -> None:
     stream = TextStream(tokenizer, ())
-    pieces = [stream.push([token]) for token in tokenizer(text)["input_ids"]]
+    pieces = [stream.push([token])[0] for token in tokenizer(text)["input_ids"]]
     pieces.append(stream.finish())
     assert "".join(pieces) == text
     assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
@@ -27,7 +27,7 @@ def test_pieces_never_hold_half_a_character(tokenizer, text: str) -> None:
 @given(tokens=st.lists(st.integers(0, 259), max_size=40))
 def test_any_tokens_give_the_text_of_decoding_them_at_once(tokenizer, tokens: list[int]) -> None:
     stream = TextStream(tokenizer, ())
-    streamed = "".join(stream.push([token]) for token in tokens) + stream.finish()
+    streamed = "".join(stream.push([token])[0] for token in tokens) + stream.finish()
     assert streamed == tokenizer.decode(tokens, skip_special_tokens=True)
 
 
@@ -38,13 +38,9 @@ def test_any_tokens_give_the_text_of_decoding_them_at_once(tokenizer, tokens: li
 )
 def test_text_ends_before_the_first_stop_string(tokenizer, text: str, stop: list[str]) -> None:
     stream = TextStream(tokenizer, stop)
-    got = ""
-    for token in tokenizer(text)["input_ids"]:
-        got += stream.push([token])
-        if stream.stopped:
-            break
-    else:
-        got += stream.finish()
+    tokens = tokenizer(text)["input_ids"]
+    got, taken = stream.push(tokens)
+    got += stream.finish()
     # a stop string is found as soon as its last character is there
     ends = [text.index(s) + len(s) for s in stop if s in text]
     if not ends:
@@ -52,4 +48,5 @@ def test_text_ends_before_the_first_stop_string(tokenizer, text: str, stop: list
         return
     seen = text[: min(ends)]
     assert stream.stopped
+    assert tokenizer.decode(taken) == seen
     assert got == seen[: min(seen.index(s) for s in stop if s in seen)]
