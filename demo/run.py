@@ -85,9 +85,8 @@ def main() -> None:
             }
         )
     )
-    beaten = [name for name, score in scores.items() if score["adapter"] <= score["base"]]
-    if beaten:
-        sys.exit(f"demo: expected every adapter to beat the base, got {', '.join(beaten)} not")
+    if behind := not_better(scores):
+        sys.exit(f"demo: expected every adapter to beat the base, got {', '.join(behind)} not")
 
 
 def train(base: str, task: Task, out: Path) -> None:
@@ -222,6 +221,11 @@ def exact_match(answers: list[Answer]) -> dict[str, dict[str, float]]:
         }
         scores[task.name] = {who: sum(exact) / len(exact) for who, exact in played.items()}
     return scores
+
+
+def not_better(scores: dict[str, dict[str, float]]) -> list[str]:
+    """Return the tasks whose adapter does not beat the base."""
+    return [name for name, score in scores.items() if score["adapter"] <= score["base"]]
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ def test_a_closed_stream_frees_its_cache_and_lease(running: Running) -> None:
     next(stream)
     assert leases(running) == 1
     stream.close()
-    eventually(lambda: idle(running), seconds=1.0)
+    eventually(lambda: idle(running))
 
 
 def test_an_expired_deadline_frees_its_cache_and_lease(running: Running) -> None:
@@ -27,13 +27,13 @@ def test_an_expired_deadline_frees_its_cache_and_lease(running: Running) -> None
         for _ in range(100):  # until one does not make it in time
             running.client.generate("hello", adapter="a1", sampling=LONG, timeout=0.2)
     assert caught.value.code == grpc.StatusCode.DEADLINE_EXCEEDED
-    eventually(lambda: idle(running), seconds=1.0)
+    eventually(lambda: idle(running))
 
 
 def test_streams_cancelled_at_any_moment_leave_nothing_behind(running: Running) -> None:
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(start_and_cancel, [running.client] * 64, range(64)))
-    eventually(lambda: idle(running), seconds=1.0)
+    eventually(lambda: idle(running))
     assert not running.server.engine._gone
     assert not running.server.engine._cancelled
 
