@@ -67,10 +67,19 @@ def load_base(name: str, *, device: torch.device, compute_dtype: torch.dtype, fu
     return Base(model.eval().requires_grad_(False), tokenizer, spec, layers)
 
 
-def default_compute_dtype(device: torch.device) -> torch.dtype:
-    """Return bfloat16 where the hardware multiplies it, else float32."""
-    fast = device.type != "cpu" or has_avx512bf16()
-    return torch.bfloat16 if fast else torch.float32
+def pick_device(name: str) -> torch.device:
+    """Return the device of that name; "auto" is CUDA when there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def pick_compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of that name; "auto" is bfloat16 where the hardware multiplies it."""
+    if name == "auto":
+        name = "bfloat16" if device.type != "cpu" or has_avx512bf16() else "float32"
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def dequantised(layer: Linear4bit, dtype: torch.dtype) -> torch.Tensor:

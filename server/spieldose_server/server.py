@@ -7,12 +7,11 @@ import signal
 
 import grpc
 import grpc.aio
-import torch
 from grpc_health.v1 import _async as aio_health
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from spieldose_kernels.base import Base, default_compute_dtype, load_base
+from spieldose_kernels.base import Base, load_base, pick_compute_dtype, pick_device
 from spieldose_proto import inference_pb2 as pb
 from spieldose_proto import inference_pb2_grpc as rpc
 from spieldose_server.config import ServerConfig
@@ -50,13 +49,8 @@ async def serve(config: ServerConfig) -> None:
 
 def load(config: ServerConfig) -> Base:
     """Load the base a configuration asks for."""
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    dtype = default_compute_dtype(device)
-    if config.compute_dtype != "auto":
-        dtype = getattr(torch, config.compute_dtype)
+    device = pick_device(config.device)
+    dtype = pick_compute_dtype(config.compute_dtype, device)
     log.info("loading %s in NF4, computing in %s on %s", config.base, dtype, device)
     return load_base(config.base, device=device, compute_dtype=dtype, fused=True)
 

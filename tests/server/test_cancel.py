@@ -1,5 +1,6 @@
 """A cancelled or expired request frees what it held, at once."""
 
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -36,6 +37,26 @@ def test_streams_cancelled_at_any_moment_leave_nothing_behind(running: Running) 
     eventually(lambda: idle(running))
     assert not running.server.engine._gone
     assert not running.server.engine._cancelled
+
+
+def test_a_lease_is_held_until_no_step_can_read_the_slot(running: Running) -> None:
+    in_step, go_on = threading.Event(), threading.Event()
+
+    def pause(*_: object) -> None:
+        in_step.set()
+        go_on.wait()
+
+    stream = running.client.stream("hello", adapter="a1", sampling=LONG)
+    next(stream)
+    hook = running.base.model.register_forward_pre_hook(pause)
+    assert in_step.wait(20)
+    stream.close()
+    running.client.unload("a1")
+    time.sleep(0.5)
+    assert running.state("a1") == "draining"
+    hook.remove()
+    go_on.set()
+    eventually(lambda: running.state("a1") == "")
 
 
 def test_a_cancelled_stream_disturbs_no_other(running: Running) -> None:

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from spieldose_kernels.delta import Adapter
 from spieldose_kernels.delta_file import read_delta
 from spieldose_proto import inference_pb2 as pb
 from spieldose_server.client import Client, Reply
@@ -32,10 +33,18 @@ def test_every_request_of_a_mixed_batch_equals_a_dense_model(
 ) -> None:
     tokenizer = running.base.tokenizer
     for prompt, name, reply in zip(PROMPTS, ADAPTERS, ask_together(running.client), strict=True):
-        file = running.directory / f"{name}.safetensors"
-        adapter = read_delta(file.read_bytes()) if name else None
-        model = dense_model(tiny_directory, running.base, adapter)
+        model = dense_model(tiny_directory, running.base, read(running.directory, name))
         assert_greedy(model, tokenizer(prompt)["input_ids"], reply.token_ids)
+
+
+def test_one_prompt_asked_of_every_adapter_gets_no_other_adapters_cache(
+    running: Running, tiny_directory: Path
+) -> None:
+    prompt = running.base.tokenizer(PROMPTS[-1])["input_ids"]
+    for name in ("", "a1", "a2", "a1"):
+        adapter = read(running.directory, name)
+        reply = ask(running.client, PROMPTS[-1], name)
+        assert_greedy(dense_model(tiny_directory, running.base, adapter), prompt, reply.token_ids)
 
 
 def test_adapters_differ_from_each_other_and_from_the_base(running: Running) -> None:
@@ -59,6 +68,10 @@ def test_base_requests_are_the_same_with_and_without_adapters(
         for prompt, name, reply in zip(PROMPTS, ADAPTERS, with_adapters, strict=True):
             if not name:
                 assert ask(bare.client, prompt, "").token_ids == reply.token_ids
+
+
+def read(directory: Path, name: str) -> Adapter | None:
+    return read_delta((directory / f"{name}.safetensors").read_bytes()) if name else None
 
 
 def ask(client: Client, prompt: str, adapter: str) -> Reply:

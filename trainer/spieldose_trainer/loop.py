@@ -8,12 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from spieldose_kernels.base import default_compute_dtype, load_base
+from spieldose_kernels.base import load_base, pick_compute_dtype, pick_device
 from spieldose_kernels.delta_file import write_delta
 from spieldose_trainer.callbacks import Progress, Reselection, StopOnInterrupt
 from spieldose_trainer.config import TrainConfig
@@ -40,10 +39,8 @@ def train(config: TrainConfig) -> Result:
     Raises ConfigError, DataError or BaseError before the first update, Interrupted after Ctrl-C.
     """
     checkpoint = _checkpoint_to_resume(config)
-    device = _device(config.device)
-    dtype = default_compute_dtype(device)
-    if config.compute_dtype != "auto":
-        dtype = getattr(torch, config.compute_dtype)
+    device = pick_device(config.device)
+    dtype = pick_compute_dtype(config.compute_dtype, device)
     base = load_base(config.base, device=device, compute_dtype=dtype, fused=False)
     examples = read_examples(config.data, base.tokenizer, max_length=config.max_length)
     model = SparseModel(base, density=config.density, seed=config.seed)
@@ -132,6 +129,7 @@ class _SparseTrainer(Trainer):
 
 
 def _arguments(config: TrainConfig) -> TrainingArguments:
+    on_cpu = pick_device(config.device).type == "cpu"
     scheduler = "constant_with_warmup" if config.schedule == "constant" else config.schedule
     return TrainingArguments(
         output_dir=str(config.checkpoints),
@@ -144,8 +142,8 @@ def _arguments(config: TrainConfig) -> TrainingArguments:
         save_steps=config.checkpoint_every,
         save_total_limit=1,
         seed=config.seed,
-        use_cpu=_device(config.device).type == "cpu",
-        dataloader_pin_memory=_device(config.device).type != "cpu",
+        use_cpu=on_cpu,
+        dataloader_pin_memory=not on_cpu,
         remove_unused_columns=False,
         label_names=["labels"],
         report_to="none",
@@ -160,9 +158,3 @@ def _checkpoint_to_resume(config: TrainConfig) -> str | None:
     if found is not None and not config.resume:
         raise ConfigError(f"{found} holds an unfinished run: pass --resume, or delete it")
     return found
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
