@@ -5,6 +5,7 @@ the base.
 """
 
 import argparse
+import itertools
 import json
 import random
 import shutil
@@ -31,10 +32,11 @@ WORK = Path("build/demo")
 COMMAND = Path(sys.executable).with_name("spieldose")
 BATCH = 8  # training examples per update
 HELD_OUT = 50  # items per task
+SHOWN = 2  # of them in the table
 CONCURRENT = 16  # requests at once
 SAMPLING = pb.SamplingParams(max_tokens=48)
 
-console = Console(width=110)
+console = Console(width=120, markup=False, highlight=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +72,9 @@ def main() -> None:
     with server(base, served) as client:
         answers, seconds, rate = play(client, waiting, served)
         steps = client.model().engine
-    show(answers)
+        console.print(compare(client))
     scores = exact_match(answers)
+    show(scores, rate=rate, seconds=seconds)
     print(
         json.dumps(
             {
@@ -190,24 +193,38 @@ def hot_load(client: Client, file: Path, served: Path) -> float:
     return time.perf_counter() - begun
 
 
-def show(answers: list[Answer]) -> None:
-    """Print what base and adapters said."""
-    table = Table(title="one 4-bit base, one batch, a different adapter for every request")
-    for heading in ("prompt", "the base says", "its adapter says"):
-        table.add_column(heading, overflow="fold")
-    for task in TASKS:
-        mine = [answer for answer in answers if answer.task is task]
-        for prompt in sorted({answer.prompt for answer in mine})[:3]:
-            said = {a.adapter: a.said for a in mine if a.prompt == prompt}
-            table.add_row(prompt.strip(), said[""], said[task.name])
-        table.add_section()
-    console.print(table)
-    scores = Table(title=f"exact match on {HELD_OUT} held-out items", min_width=44)
+def compare(client: Client) -> Table:
+    """Ask the base and every adapter about a few held-out prompts, all at once."""
+    prompts = [
+        prompt for task in TASKS for prompt, _ in split(task, train=0, held_out=HELD_OUT)[1][:SHOWN]
+    ]
+    players = ("", *(task.name for task in TASKS))
+
+    def ask(job: tuple[str, str]) -> str:
+        prompt, adapter = job
+        return first_line(client.stream(prompt, adapter=adapter, sampling=SAMPLING))
+
+    with ThreadPoolExecutor(CONCURRENT) as pool:
+        said = pool.map(ask, itertools.product(prompts, players))
+        table = Table(title="one 4-bit base, one batch, a different adapter for every request")
+        for heading in ("prompt", "the base says", *(f"{name} says" for name in players[1:])):
+            table.add_column(heading, overflow="fold")
+        for number, prompt in enumerate(prompts, start=1):
+            answers = [next(said) for _ in players]
+            table.add_row(prompt, *answers, end_section=number % SHOWN == 0)
+    return table
+
+
+def show(scores: dict[str, dict[str, float]], *, rate: float, seconds: float) -> None:
+    """Print how often base and adapters were right, and how fast it went."""
+    table = Table(title=f"exact match on {HELD_OUT} held-out items", min_width=44)
     for heading in ("task", "base", "adapter"):
-        scores.add_column(heading)
-    for name, score in exact_match(answers).items():
-        scores.add_row(name, f"{score['base']:.0%}", f"{score['adapter']:.0%}")
-    console.print(scores)
+        table.add_column(heading)
+    for name, score in scores.items():
+        table.add_row(name, f"{score['base']:.0%}", f"{score['adapter']:.0%}")
+    console.print(table)
+    console.print(f"{rate:.0f} tokens per second, {CONCURRENT} requests at a time")
+    console.print(f"{seconds:.2f} s from dropping in {TASKS[-1].name} to its first answer")
 
 
 def exact_match(answers: list[Answer]) -> dict[str, dict[str, float]]:

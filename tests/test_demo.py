@@ -37,6 +37,7 @@ def test_an_adapter_no_better_than_the_base_fails_the_demo(
     monkeypatch.setattr(run, "WORK", tmp_path / "work")
     monkeypatch.setattr(run, "train", lambda *_: None)
     monkeypatch.setattr(run, "server", lambda *_: nullcontext(_Idle()))
+    monkeypatch.setattr(run, "compare", lambda *_: "")
     monkeypatch.setattr(run, "play", lambda *_: (answers, 0.1, 1.0))
     monkeypatch.setattr("sys.argv", ["run.py", "--base", "none"])
     with pytest.raises(SystemExit) as stopped:

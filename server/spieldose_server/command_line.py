@@ -122,7 +122,7 @@ def _list(*, server: str = DEFAULT_ADDRESS) -> None:
                 str(adapter.running),
                 adapter.reason or adapter.description or adapter.method,
             )
-    Console().print(table)
+    Console(markup=False, highlight=False).print(table)  # descriptions come from files
 
 
 def _get(name: tyro.conf.Positional[str], *, server: str = DEFAULT_ADDRESS) -> None:
