@@ -45,7 +45,7 @@ class SparseDelta:
         rows, columns = indices[order] // width, indices[order] % width
         row_starts = torch.zeros(height + 1, dtype=torch.int32, device=indices.device)
         row_starts[1:] = torch.bincount(rows, minlength=height).cumsum(0)
-        return cls(row_starts, columns.to(column_dtype(width)), values[order], width)
+        return cls(row_starts, columns.to(index_dtype(width)), values[order], width)
 
 
 def entry_rows(row_starts: torch.Tensor) -> torch.Tensor:
@@ -54,9 +54,9 @@ def entry_rows(row_starts: torch.Tensor) -> torch.Tensor:
     return torch.repeat_interleave(torch.arange(counts.numel(), device=counts.device), counts)
 
 
-def column_dtype(width: int) -> torch.dtype:
-    """Return the narrowest index type that can name every one of `width` columns."""
-    return torch.uint16 if width <= 1 << 16 else torch.int32
+def index_dtype(count: int) -> torch.dtype:
+    """Return the narrowest type that can name every one of `count` rows or columns."""
+    return torch.uint16 if count <= 1 << 16 else torch.int32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 
 from spieldose_kernels.base_spec import BaseSpec
-from spieldose_kernels.delta import Adapter, AdapterInfo, SparseDelta, column_dtype
+from spieldose_kernels.delta import Adapter, AdapterInfo, SparseDelta, index_dtype
 from spieldose_kernels.errors import (
     BaseMismatch,
     MalformedDelta,
@@ -205,7 +205,7 @@ def _check_arrays(module: str, delta: SparseDelta, *, height: int, nnz: int) -> 
         raise MalformedDelta(f"{module}: expected a positive shape, got {[height, delta.width]}")
     expected = (
         (height + 1, (torch.int32,)),
-        (nnz, (column_dtype(delta.width),)),
+        (nnz, (index_dtype(delta.width),)),
         (nnz, VALUE_DTYPES),
     )
     for part, (length, dtypes) in zip(PARTS, expected, strict=True):

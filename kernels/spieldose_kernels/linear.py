@@ -1,6 +1,6 @@
 """A frozen linear layer with a sparse delta beside it: y = NF4(W)·x + Δ·x, never merged."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
@@ -8,13 +8,14 @@ from bitsandbytes.nn import Linear4bit
 from torch import nn
 
 from spieldose_kernels.base import Base
-from spieldose_kernels.delta_matmul import TokenGroups, delta_matmul
-from spieldose_kernels.slab import LayerSlab
+from spieldose_kernels.delta_matmul import delta_matmul
+from spieldose_kernels.slab import LayerSlab, Slab
 from spieldose_kernels.support_product import GradientProbe, support_product
+from spieldose_kernels.token_groups import TokenGroups
 
 
 class Delta(Protocol):
-    """Add Δ·x to a layer's output; x is [T, C], y is [T, R], both in the model's dtype."""
+    """Add Δ·x to a layer's output; x is [..., C], y is [..., R], both in the model's dtype."""
 
     def add_to(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Return y + Δ·x, summed in float32 and rounded once to y's dtype."""
@@ -31,9 +32,7 @@ class DeltaLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return NF4(W)·x + Δ·x, [..., R] from [..., C]."""
-        y: torch.Tensor = self.base(x)
-        flat = self.delta.add_to(y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]))
-        return flat.reshape(y.shape)
+        return self.delta.add_to(self.base(x), x)
 
 
 class TrainableDelta(nn.Module):
@@ -53,9 +52,13 @@ class TrainableDelta(nn.Module):
     def add_to(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Return y + Δ·x, differentiable in x and in the values."""
         delta = support_product(
-            x, self.values, row_starts=self.row_starts, columns=self.columns, probe=self.probe
+            x.reshape(-1, x.shape[-1]),
+            self.values,
+            row_starts=self.row_starts,
+            columns=self.columns,
+            probe=self.probe,
         )
-        return (y + delta).to(y.dtype)  # promotes to float32 first
+        return (y + delta.reshape(y.shape)).to(y.dtype)  # promotes to float32 first
 
 
 class Playing:
@@ -78,8 +81,36 @@ class ServedDelta:
         return y
 
 
+class ServedLayers:
+    """Put a slab's deltas over a base's layers for the steps that play any.
+
+    A step that plays the base alone runs the base's own layers, as if there were no adapters.
+    """
+
+    def __init__(self, base: Base, slab: Slab) -> None:
+        self._model = base.model
+        self._own: dict[str, nn.Module] = dict(base.layers)
+        self._playing = Playing()
+        self._over: dict[str, nn.Module] = {
+            path: DeltaLinear(layer, ServedDelta(slab.layer(path), self._playing))
+            for path, layer in base.layers.items()
+        }
+
+    def play(self, groups: TokenGroups | None) -> None:
+        """Say which token of the coming forward pass plays which slot; None plays the base."""
+        if (groups is None) != (self._playing.groups is None):
+            replace(self._model, self._own if groups is None else self._over)
+        self._playing.groups = groups
+
+
 def attach(base: Base, make: Callable[[str], Delta]) -> None:
-    """Replace every target layer of the base's model by a DeltaLinear over it."""
-    for path, layer in base.layers.items():
+    """Put a delta over every target layer of a base, for good."""
+    over = {path: DeltaLinear(layer, make(path)) for path, layer in base.layers.items()}
+    replace(base.model, over)
+
+
+def replace(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Put these layers into a model, by path."""
+    for path, layer in layers.items():
         parent, _, name = path.rpartition(".")
-        setattr(base.model.get_submodule(parent), name, DeltaLinear(layer, make(path)))
+        setattr(model.get_submodule(parent), name, layer)

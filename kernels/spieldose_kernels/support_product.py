@@ -1,15 +1,14 @@
 """Δ·x for one adapter under training, with gradients at the support only."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from spieldose_kernels import cpu
+from spieldose_kernels.cpu import support
 from spieldose_kernels.delta import entry_rows
 
-# support entries multiplied at once where there is no compiled kernel: bounds the extra memory
-PIECE = 1 << 16
+TILE = 1 << 20  # weights of a dense gradient that exist at once: 4 MB in float32
 
 # called in backward with x [C, T] and dy [R, T]: all a selector needs to know of dW = dy·xᵀ
 GradientProbe = Callable[[torch.Tensor, torch.Tensor], None]
@@ -43,20 +42,90 @@ def support_product_reference(
     return x.to(values.dtype) @ dense.t()
 
 
+def gradient_tiles(y: torch.Tensor, x: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield dW = y·xᵀ, [R, C] from [R, T] and [C, T], in tiles of whole rows, with the first row.
+
+    A tile has at most TILE weights, or one row: what a step needs of a dense gradient is bounded by
+    it, not by the largest layer.
+    """
+    height = max(1, TILE // x.shape[0])
+    for first in range(0, y.shape[0], height):
+        yield first, y[first : first + height] @ x.t()
+
+
+@torch.library.custom_op("spieldose::product", mutates_args=())
+def product(
+    x: torch.Tensor, values: torch.Tensor, row_starts: torch.Tensor, columns: torch.Tensor
+) -> torch.Tensor:
+    """Return Δ·x, [R, T] from [C, T], in x's dtype; values [Z] of the same."""
+    if x.is_cuda:
+        from spieldose_kernels.gpu import sampled
+
+        return sampled.product(x, values, row_starts=row_starts, columns=columns)
+    out = x.new_empty(row_starts.numel() - 1, x.shape[1])
+    support.product(*(t.numpy() for t in (x, out, row_starts, columns, values)))
+    return out
+
+
+@product.register_fake
+def _(
+    x: torch.Tensor, values: torch.Tensor, row_starts: torch.Tensor, columns: torch.Tensor
+) -> torch.Tensor:
+    return x.new_empty(row_starts.numel() - 1, x.shape[1])
+
+
+@torch.library.custom_op("spieldose::transposed_product", mutates_args=())
+def transposed_product(
+    y: torch.Tensor,
+    values: torch.Tensor,
+    row_starts: torch.Tensor,
+    columns: torch.Tensor,
+    width: int,
+) -> torch.Tensor:
+    """Return Δᵀ·y, [C, T] from [R, T], in y's dtype; values [Z] of the same."""
+    if y.is_cuda:
+        from spieldose_kernels.gpu import sampled
+
+        starts, rows, places = sampled.transpose_support(row_starts, columns, width=width)
+        return sampled.product(y, values[places], row_starts=starts, columns=rows)
+    out = y.new_empty(width, y.shape[1])
+    support.transposed_product(*(t.numpy() for t in (y, out, row_starts, columns, values)))
+    return out
+
+
+@transposed_product.register_fake
+def _(
+    y: torch.Tensor,
+    values: torch.Tensor,
+    row_starts: torch.Tensor,
+    columns: torch.Tensor,
+    width: int,
+) -> torch.Tensor:
+    return y.new_empty(width, y.shape[1])
+
+
+@torch.library.custom_op("spieldose::sampled_product", mutates_args=())
 def sampled_product(
-    y: torch.Tensor, x: torch.Tensor, *, row_starts: torch.Tensor, columns: torch.Tensor
+    y: torch.Tensor, x: torch.Tensor, row_starts: torch.Tensor, columns: torch.Tensor
 ) -> torch.Tensor:
     """Return Σ_t y[row of j, t]·x[column of j, t] for every support entry j, [Z].
 
     y is [R, T], x is [C, T], of one dtype, contiguous.
     """
-    if y.device.type != "cpu":
-        rows = entry_rows(row_starts)
-        pieces = zip(rows.split(PIECE), columns.long().split(PIECE), strict=True)
-        return torch.cat([(y[r] * x[c]).sum(1) for r, c in pieces])
-    out = torch.empty(columns.numel(), dtype=y.dtype)
-    cpu.sampled_product(y.numpy(), x.numpy(), out.numpy(), row_starts.numpy(), columns.numpy())
+    if y.is_cuda:
+        from spieldose_kernels.gpu import sampled
+
+        return sampled.sampled_product(y, x, row_starts=row_starts, columns=columns)
+    out = y.new_empty(columns.numel())
+    support.sampled_product(*(t.numpy() for t in (y, x, out, row_starts, columns)))
     return out
+
+
+@sampled_product.register_fake
+def _(
+    y: torch.Tensor, x: torch.Tensor, row_starts: torch.Tensor, columns: torch.Tensor
+) -> torch.Tensor:
+    return y.new_empty(columns.numel())
 
 
 class _SupportProduct(torch.autograd.Function):
@@ -72,7 +141,8 @@ class _SupportProduct(torch.autograd.Function):
         ctx.save_for_backward(x, values, row_starts, columns)
         ctx.probe = probe
         source = _features_first(x, values.dtype)
-        return _multiply(source, values, row_starts, columns).t()
+        out: torch.Tensor = product(source, values.detach(), row_starts, columns)
+        return out.t()
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -83,46 +153,12 @@ class _SupportProduct(torch.autograd.Function):
             ctx.probe(source, dy)
         dx = dvalues = None
         if ctx.needs_input_grad[0]:
-            dx = (
-                _multiply_transposed(dy, values, row_starts, columns, width=x.shape[1])
-                .t()
-                .to(x.dtype)
-            )
+            dx = transposed_product(dy, values.detach(), row_starts, columns, x.shape[1])
+            dx = dx.t().to(x.dtype)
         if ctx.needs_input_grad[1]:
-            dvalues = sampled_product(dy, source, row_starts=row_starts, columns=columns)
+            dvalues = sampled_product(dy, source, row_starts, columns)
         return dx, dvalues, None, None, None
 
 
 def _features_first(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x.detach().to(dtype).t().contiguous()
-
-
-def _multiply(
-    x: torch.Tensor, values: torch.Tensor, row_starts: torch.Tensor, columns: torch.Tensor
-) -> torch.Tensor:
-    height = row_starts.numel() - 1
-    if x.device.type != "cpu":
-        contributions = x[columns.long()] * values.detach()[:, None]
-        out = x.new_zeros(height, x.shape[1])
-        return out.index_add_(0, entry_rows(row_starts), contributions)
-    out = x.new_empty(height, x.shape[1])
-    support = row_starts.numpy(), columns.numpy(), values.detach().numpy()
-    cpu.product(x.numpy(), out.numpy(), *support)
-    return out
-
-
-def _multiply_transposed(
-    y: torch.Tensor,
-    values: torch.Tensor,
-    row_starts: torch.Tensor,
-    columns: torch.Tensor,
-    *,
-    width: int,
-) -> torch.Tensor:
-    if y.device.type != "cpu":
-        contributions = y[entry_rows(row_starts)] * values.detach()[:, None]
-        return y.new_zeros(width, y.shape[1]).index_add_(0, columns.long(), contributions)
-    out = y.new_empty(width, y.shape[1])
-    support = row_starts.numpy(), columns.numpy(), values.detach().numpy()
-    cpu.transposed_product(y.numpy(), out.numpy(), *support)
-    return out

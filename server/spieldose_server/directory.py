@@ -1,7 +1,7 @@
 """The adapter directory: new files are taken up, changed ones replaced, removed ones retired.
 
 A file is read once it is complete (as long as its header declares) and has not changed for a
-moment; one that stays incomplete is rejected. Reading and validating happen on worker threads.
+moment; one that stays incomplete is rejected. Reading and validating happen on a worker thread.
 """
 
 import asyncio
@@ -9,15 +9,17 @@ import hashlib
 import logging
 import os
 import time
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from watchfiles import awatch
 
 from spieldose_kernels.base_spec import BaseSpec
 from spieldose_kernels.delta_file import SUFFIX, read_delta, read_header
 from spieldose_kernels.errors import DeltaError, TruncatedDelta
-from spieldose_kernels.slab import pack
+from spieldose_kernels.sliced import pack
 from spieldose_server.errors import RejectedAdapter, UnknownAdapter
 from spieldose_server.store import AdapterStore, Candidate
 
@@ -49,10 +51,20 @@ class _Changing(Exception):
 class AdapterDirectory:
     """Keep the store in step with a directory of delta files."""
 
-    def __init__(self, path: Path, store: AdapterStore, base: BaseSpec) -> None:
+    def __init__(
+        self,
+        path: Path,
+        store: AdapterStore,
+        base: BaseSpec,
+        *,
+        dtype: torch.dtype,  # of resident values
+        loader: Executor,
+    ) -> None:
         self._path = path
         self._store = store
         self._base = base
+        self._dtype = dtype
+        self._loader = loader
         self._taken: dict[str, Stamp] = {}  # the file state last published, rejected or unloaded
         self._seen: dict[str, tuple[Stamp, float]] = {}  # not yet settled, and since when
         self._busy = asyncio.Lock()  # one reconciliation at a time
@@ -120,7 +132,8 @@ class AdapterDirectory:
     async def _take(self, name: str, stamp: Stamp) -> None:
         self._store.begin(name)
         try:
-            candidate = await asyncio.to_thread(self._read, name, stamp)
+            loop = asyncio.get_running_loop()
+            candidate = await loop.run_in_executor(self._loader, self._read, name, stamp)
         except (_Changing, FileNotFoundError):
             self._seen[name] = (stamp, time.monotonic())
             return
@@ -141,7 +154,7 @@ class AdapterDirectory:
                 raise _Changing
         digest = hashlib.sha256(payload).hexdigest()
         adapter = read_delta(payload, self._base)
-        return Candidate(name, digest, adapter.info, adapter.nnz, pack(adapter))
+        return Candidate(name, digest, adapter.info, adapter.nnz, pack(adapter, self._dtype))
 
     def _scan(self) -> dict[str, Stamp]:
         found = {}

@@ -1,8 +1,9 @@
 """The engine bridge: requests in, tokens out, over transformers' continuous batching.
 
 Nothing else in the server knows transformers' engine. Its generation thread owns the model, the KV
-cache and `Playing`; it is told of requests and cancellations through the manager's queues, and each
-step's tokens cross to the event loop once. transformers is pinned: this file leans on its insides.
+cache and what its layers play; it is told of requests and cancellations through the manager's
+queues, and each step's tokens cross to the event loop once. transformers is pinned: this file leans
+on its insides.
 """
 
 import asyncio
@@ -31,16 +32,16 @@ from transformers.generation.continuous_batching.scheduler import (
 )
 
 from spieldose_kernels.base import Base
-from spieldose_kernels.delta_matmul import TokenGroups, delta_matmul
-from spieldose_kernels.linear import Playing, ServedDelta, attach
+from spieldose_kernels.delta_matmul import delta_matmul
+from spieldose_kernels.linear import ServedLayers
 from spieldose_kernels.slab import Slab
+from spieldose_kernels.token_groups import TokenGroups
 from spieldose_server.config import ServerConfig
 from spieldose_server.errors import EngineStopped
 from spieldose_server.request import GenerationRequest, SamplingParams
 from spieldose_server.sampling import perturb
 
 PAGE_TOKENS = 64  # tokens per page of KV cache: the rest of a request's last page lies idle
-NO_SLOT = -1  # a request that plays the base, in the engine's integer tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +69,9 @@ class Record:
         """Count a forward pass over these requests."""
         slots = [_slot(future) for future in batch]
         step = Step(
-            slots=frozenset(slot for slot in slots if slot != NO_SLOT),
+            slots=frozenset(slot for slot in slots if slot is not None),
             requests=len(batch),
-            base_requests=slots.count(NO_SLOT),
+            base_requests=slots.count(None),
             tokens=sum(future.query_length for future in batch),
             prefilling=sum(not future.has_new_token for future in batch),
         )
@@ -99,12 +100,11 @@ class Engine:
             base.spec.shapes,
             slots=config.max_adapters,
             budget=config.adapter_memory,
+            dtype=base.model.dtype,
             device=base.model.device,
         )
-        self._playing = Playing()
-        attach(base, lambda module: ServedDelta(self.slab.layer(module), self._playing))
+        self._layers = ServedLayers(base, self.slab)
         self._compile(base.model.dtype)
-        base.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         self._cancelled: set[str] = set()  # adding and discarding are atomic: both threads use it
         self._gone: dict[str, Callable[[], object]] = {}
         self._end_ids = _end_ids(base.model.generation_config)
@@ -184,7 +184,7 @@ class Engine:
             max_new_tokens=request.max_tokens,
             streaming=True,
             eos_token_id=sorted(self._end_ids),
-            slot=NO_SLOT if request.slot is None else request.slot,
+            slot=request.slot,
             sampling=request.sampling,
             seed=secrets.randbits(64) if request.sampling.seed is None else request.sampling.seed,
         )
@@ -211,72 +211,67 @@ class Engine:
         greedy = GenerationConfig(do_sample=False, eos_token_id=sorted(self._end_ids))
         model: Any = base.model
         manager = model.init_continuous_batching(greedy, settings)
-        manager.logit_processor = _Processors(self.record)
+        manager.logit_processor = _Processors(self._prepare)
         manager.warmup()  # creates the KV cache now, so that its capacity is known
         del registry[scheduler]
         return manager
 
     def _compile(self, dtype: torch.dtype) -> None:
-        """Have the sparse product compiled before the first request waits for it."""
-        layer = self.slab.layer(self.slab.modules[0])
-        height, width = layer.shape
-        device = layer.arena.device
-        nobody = TokenGroups.of(torch.zeros(1, dtype=torch.int32, device=device))
+        """Have every layer's product compiled before the first request waits for it."""
+        device = self.slab.arena.memory.device
+        nobody = TokenGroups.of([0], [1], device)
         assert nobody is not None
-        y = torch.zeros(1, height, dtype=dtype, device=device)
-        delta_matmul(y, torch.zeros(1, width, dtype=dtype, device=device), layer, nobody)
+        for layer in map(self.slab.layer, self.slab.modules):
+            x, y = (torch.zeros(1, size, dtype=dtype, device=device) for size in layer.shape[::-1])
+            delta_matmul(y, x, layer, nobody)
 
     def _released(self, request_id: str) -> None:
         if listener := self._gone.get(request_id):
             listener()
 
-    def _before_forward(
-        self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        slots = kwargs["logits_processor_args"][_Processors.SLOT]
-        lengths = kwargs["cu_seq_lens_q"].diff()
-        self._playing.groups = TokenGroups.of(torch.repeat_interleave(slots, lengths))
+    def _prepare(self, batch: list[FutureRequestState]) -> None:
+        """Take note of the coming forward pass: its tokens lie in the order of these requests."""
+        self.record.add(batch)
+        slots = [_slot(future) for future in batch]
+        lengths = [future.query_length for future in batch]
+        self._layers.play(TokenGroups.of(slots, lengths, self.slab.arena.memory.device))
 
 
 class _Processors(ContinuousBatchingLogitsProcessorList):
-    """Carry every request's slot and sampling parameters to the device, and choose by them.
+    """Tell of every batch before its forward pass, and choose tokens by its sampling parameters.
 
-    The slot row has an entry for every request of the batch, for the forward pass; the sampling
-    rows have one for every request that gets a token from it. A single processor's arguments would
-    miss requests in chunked prefill, so the list's own method is overridden.
+    The list's own method is overridden because it alone sees every request of the batch; a single
+    processor's sees those that get a token, and would miss requests in chunked prefill.
     """
 
-    SLOT, TEMPERATURE, TOP_P, TOP_K, SEED_LOW, SEED_HIGH, POSITION = range(7)
+    TEMPERATURE, TOP_P, TOP_K, SEED_LOW, SEED_HIGH, POSITION = range(6)
 
-    def __init__(self, record: Record) -> None:
+    def __init__(self, prepare: Callable[[list[FutureRequestState]], None]) -> None:
         super().__init__(LogitsProcessorList())
-        self.tensors_required = 7
+        self.tensors_required = 6
         self.do_processing = True
-        self._record = record
+        self._prepare = prepare
         self._sampled = False  # whether any request of the batch is not greedy
 
     def check_kwargs(self, kwargs: dict[str, Any]) -> None:
         """Accept: the engine alone sets them."""
 
     def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
-        """Let unused places play the base, greedily."""
+        """Let unused places be greedy."""
         int32_tensor.zero_()
-        int32_tensor[self.SLOT] = NO_SLOT
 
     def prepare_tensor_args(
         self, requests_in_batch: list[FutureRequestState], arg_storage: torch.Tensor
     ) -> torch.Tensor:
-        """Write the batch's arguments, [7, requests] int32."""
-        self._record.add(requests_in_batch)
-        slots = torch.tensor([_slot(future) for future in requests_in_batch], dtype=torch.int32)
-        arg_storage[self.SLOT, : slots.numel()] = slots.to(arg_storage.device)
+        """Write the sampling parameters of the requests that get a token, [6, requests] int32."""
+        self._prepare(requests_in_batch)
         rows = [_sampling_row(future.state) for future in requests_in_batch if future.has_new_token]
         self._sampled = any(row[0] > 0 for row in rows)
         if self._sampled:
             floats = torch.tensor([row[:2] for row in rows], dtype=torch.float32).view(torch.int32)
             integers = torch.tensor([row[2:] for row in rows], dtype=torch.int64).int()
             packed = torch.cat([floats, integers], dim=1).t()
-            arg_storage[self.TEMPERATURE :, : len(rows)] = packed.to(arg_storage.device)
+            arg_storage[:, : len(rows)] = packed.to(arg_storage.device)
         return arg_storage
 
     def __call__(
@@ -329,8 +324,9 @@ class _Scheduler(FIFOScheduler):
         return states
 
 
-def _slot(future: FutureRequestState) -> int:
-    return int(future.state.logit_processor_kwargs["slot"])
+def _slot(future: FutureRequestState) -> int | None:
+    slot: int | None = future.state.logit_processor_kwargs["slot"]
+    return slot
 
 
 def _sampling_row(state: RequestState) -> tuple[float, float, int, int, int, int]:

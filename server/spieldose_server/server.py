@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+from functools import partial
 
 import grpc
 import grpc.aio
@@ -20,6 +21,7 @@ from spieldose_server.engine import Engine
 from spieldose_server.errors import ConfigError, EngineStopped
 from spieldose_server.service import AdaptersService, InferenceService
 from spieldose_server.store import AdapterStore
+from spieldose_server.threads import apart, loader
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +38,8 @@ async def serve(config: ServerConfig) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    server = Server(await asyncio.to_thread(load, config), config)
+    base = await asyncio.to_thread(apart, partial(load, config))
+    server = Server(base, config)
     await server.start()
     try:
         while not stop.is_set():
@@ -60,9 +63,16 @@ class Server:
 
     def __init__(self, base: Base, config: ServerConfig) -> None:
         self.config = config
-        self.engine = Engine(base, config)
-        self.store = AdapterStore(self.engine.slab)
-        self.directory = AdapterDirectory(config.adapters, self.store, base.spec)
+        self.engine = apart(partial(Engine, base, config))
+        self._loader = loader()
+        self.store = AdapterStore(self.engine.slab, self._loader)
+        self.directory = AdapterDirectory(
+            config.adapters,
+            self.store,
+            base.spec,
+            dtype=self.engine.slab.dtype,
+            loader=self._loader,
+        )
         self.port = 0  # known once started
         self._health = aio_health.HealthServicer()
         self._grpc = grpc.aio.server(
@@ -115,5 +125,6 @@ class Server:
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.wait([self._watching])
+        self._loader.shutdown()
         await asyncio.to_thread(self.engine.stop)
         log.info("stopped")

@@ -9,12 +9,14 @@ import asyncio
 import enum
 import logging
 from collections.abc import AsyncIterator
+from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from spieldose_kernels.delta import AdapterInfo
 from spieldose_kernels.errors import ArenaFull
-from spieldose_kernels.slab import PackedAdapter, Slab
+from spieldose_kernels.slab import Slab
+from spieldose_kernels.sliced import PackedAdapter
 from spieldose_server.errors import RejectedAdapter, UnknownAdapter
 
 log = logging.getLogger(__name__)
@@ -58,8 +60,9 @@ class Candidate:
 class AdapterStore:
     """Publish, lease and retire adapter versions."""
 
-    def __init__(self, slab: Slab) -> None:
+    def __init__(self, slab: Slab, loader: Executor) -> None:
         self._slab = slab
+        self._loader = loader
         self._current: dict[str, Version] = {}  # what a request for the name gets
         self._failed: dict[str, Version] = {}  # the newest file of the name, if it was rejected
         self._loading: dict[str, Version] = {}
@@ -117,7 +120,8 @@ class AdapterStore:
         current = self._current.get(name)
         if current is None or current.digest != digest:
             try:
-                slot = await asyncio.to_thread(self._slab.put, candidate.packed)
+                loop = asyncio.get_running_loop()
+                slot = await loop.run_in_executor(self._loader, self._slab.put, candidate.packed)
             except ArenaFull as error:
                 self.reject(name, f"adapter memory is full: {error}", digest=digest)
                 return

@@ -43,7 +43,7 @@ def test_a_file_being_written_is_not_touched_until_it_is_complete(
 
 
 def test_a_removed_file_is_unloaded_once_its_requests_are_done(running: Running) -> None:
-    free = running.server.engine.slab.arena.free_words
+    free = running.server.engine.slab.arena.free_bytes
     with Stream(running, "a1") as stream:
         (running.directory / "a1.safetensors").unlink()
         eventually(lambda: running.state("a1") == "draining")
@@ -52,7 +52,7 @@ def test_a_removed_file_is_unloaded_once_its_requests_are_done(running: Running)
         assert caught.value.code == grpc.StatusCode.NOT_FOUND
         stream.next()
     eventually(lambda: running.state("a1") == "")
-    assert running.server.engine.slab.arena.free_words > free
+    assert running.server.engine.slab.arena.free_bytes > free
 
 
 def test_a_replaced_adapter_finishes_its_running_requests_on_the_old_version(
@@ -131,7 +131,7 @@ def test_an_adapter_that_does_not_fit_is_refused_and_the_others_play(
 ) -> None:
     write_delta(running.directory / "huge.safetensors", make_adapter(9, density=1.0))
     write_delta(running.directory / "huge2.safetensors", make_adapter(8, density=1.0))
-    for seed in range(10, 16):
+    for seed in range(10, 26):
         write_delta(running.directory / f"big{seed}.safetensors", make_adapter(seed, density=0.9))
     eventually(lambda: "adapter memory is full" in _states(running))
     assert running.client.generate("x", adapter="a3").adapter.startswith("a3@")

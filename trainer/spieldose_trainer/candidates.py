@@ -4,14 +4,15 @@ import torch
 import torch.distributed as dist
 
 from spieldose_kernels.delta import SparseDelta
-from spieldose_kernels.support_product import sampled_product
+from spieldose_kernels.support_product import gradient_tiles, sampled_product
+from spieldose_kernels.top_k import TopK
 
 
 class Candidates:
     """Accumulate one layer's gradient at its most promising positions.
 
-    The positions are the largest |dW| of the phase's whole first update. A dense dW exists only
-    there, one layer at a time: with several forward passes per update, the running sums at the
+    The positions are the largest |dW| of the phase's whole first update, found tile by tile: a
+    dense dW never exists. With several forward passes per update, the running sums at the
     positions kept so far are added to each pass's dW before the largest are kept again. Sums are
     float32. Under data parallelism every rank sees the mean gradient, hence the same positions.
     """
@@ -52,11 +53,15 @@ class Candidates:
         self.samples += 1
 
     def _choose(self, x: torch.Tensor, dy: torch.Tensor) -> None:
-        gradient = _mean_over_ranks((dy @ x.t()).float()).flatten()
-        if self.positions.numel():
-            gradient[self.positions] += self._update
-        self.positions = gradient.abs().topk(self.count, sorted=False).indices.sort().values
-        self._update = gradient[self.positions]
+        largest = TopK(self.count)
+        for row, tile in gradient_tiles(dy, x):
+            gradient, first = _mean_over_ranks(tile.float()).flatten(), row * self.shape[1]
+            if self.positions.numel():
+                ends = self.positions.new_tensor([first, first + gradient.numel()])
+                inside = slice(*torch.searchsorted(self.positions, ends).tolist())
+                gradient[self.positions[inside] - first] += self._update[inside]
+            largest.show(gradient, first=first)
+        self.positions, self._update = largest.largest()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return what a resumed run needs, between two updates."""

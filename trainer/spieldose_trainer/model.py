@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from spieldose_kernels.base import Base
-from spieldose_kernels.delta import Adapter, AdapterInfo, SparseDelta, column_dtype
+from spieldose_kernels.delta import Adapter, AdapterInfo, SparseDelta, index_dtype
 from spieldose_kernels.delta_file import read_delta, write_delta
 from spieldose_kernels.linear import TrainableDelta, attach
 from spieldose_trainer.errors import ConfigError
@@ -56,7 +56,7 @@ class SparseModel(nn.Module):
         modules = {}
         for name, layer in self.layers.items():
             width = self.base.spec.shapes[name][1]
-            columns = layer.columns.to("cpu", column_dtype(width))
+            columns = layer.columns.to("cpu", index_dtype(width))
             values = layer.values.detach().cpu()
             modules[name] = SparseDelta(layer.row_starts.cpu(), columns, values, width)
         info = AdapterInfo(
