@@ -1,6 +1,7 @@
 """Real objects at toy size: a tiny random model, and the demo's base where language matters."""
 
 import asyncio
+import os
 import sys
 import threading
 import time
@@ -11,6 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before anything imports triton: it is read where kernels are
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

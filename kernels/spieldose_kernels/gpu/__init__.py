@@ -1,0 +1,1 @@
+"""Sparse products and the base's weights on the GPU, written in Triton."""
