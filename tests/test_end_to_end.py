@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from spieldose_kernels.token_groups import TokenGroups
 from spieldose_proto import inference_pb2 as pb
 from spieldose_trainer.config import TrainConfig
 from spieldose_trainer.data import Example, collate, tokenise
 from spieldose_trainer.loop import Result, train
 from tasks import TASKS, split, write_examples
+
+from .conftest import Running
 
 TASK = TASKS[1]
 UPDATES = 7  # the first reselection is after 5
@@ -45,8 +48,8 @@ def test_a_served_adapter_scores_the_loss_it_had_in_the_trainer(
     for running in serve_tiny(trained.file.parent, **settings):
         slot = running.server.store.get("dates").slot
         with running.server.engine._manager.pause():  # the engine's thread owns the model
-            served = [loss(running.base.model, example, slot=slot) for example in examples]
-            as_base = [loss(running.base.model, example, slot=-1) for example in examples]
+            served = [played(running, example, slot) for example in examples]
+            as_base = [played(running, example, None) for example in examples]
         prompts = [prompt for prompt, _ in held_out]
         sampling = pb.SamplingParams(max_tokens=6)
         said = [running.client.generate(p, adapter="dates", sampling=sampling) for p in prompts]
@@ -64,15 +67,20 @@ def test_the_file_says_where_it_comes_from(trained: Result) -> None:
     assert json.loads(metadata["settings"])["learning_rate"] == "0.002"
 
 
+def played(running: Running, example: Example, slot: int | None) -> float:
+    """Return the loss of the server's own model while it plays a slot."""
+    layers = running.server.engine._layers
+    length = len(example.prompt) + len(example.completion)
+    layers.play(TokenGroups.of([slot], [length], torch.device("cpu")))
+    try:
+        return loss(running.base.model, example)
+    finally:
+        layers.play(None)
+
+
 @torch.no_grad()
-def loss(model: torch.nn.Module, example: Example, *, slot: int | None = None) -> float:
-    batch = collate([example], pad=0)
-    playing = {}
-    if slot is not None:
-        length = batch["input_ids"].shape[1]
-        playing["logits_processor_args"] = torch.full((7, 1), slot, dtype=torch.int32)
-        playing["cu_seq_lens_q"] = torch.tensor([0, length], dtype=torch.int32)
-    return float(model(**batch, **playing).loss)
+def loss(model: torch.nn.Module, example: Example) -> float:
+    return float(model(**collate([example], pad=0)).loss)
 
 
 @torch.no_grad()
