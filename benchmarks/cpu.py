@@ -48,7 +48,7 @@ GOALS = {
 
 
 def main() -> None:
-    """Measure, print, and fail if a goal is missed."""
+    """Measure and print."""
     sys.path.append(str(Path(__file__).parents[1] / "demo"))
     from fetch_base import fetch
 
@@ -84,7 +84,7 @@ def measure(base: str) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     ours, lora = Side(Spieldose, base), Side(PeftLora, base)
     for side in (ours, lora):
         side("generate", requests=8, adapters=8, tokens=8)
-    for _ in range(5):
+    for _ in range(9):
         alone = rate("Spieldose, base alone, tokens/s", ours("generate", requests=8, tokens=32))
         mixed = ours("generate", requests=8, adapters=8, tokens=32)
         theirs = lora("generate", requests=8, adapters=8, tokens=32)
@@ -105,6 +105,8 @@ def measure(base: str) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
         alone = ours("generate", requests=8, prompt=256, tokens=1)
         mixed = ours("generate", requests=8, adapters=8, prompt=256, tokens=1)
         ratios["prefill8_over_base"].append(mixed / alone)
+    ours.close()
+    lora.close()
     return ratios, rates
 
 

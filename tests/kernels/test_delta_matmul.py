@@ -186,7 +186,7 @@ def test_any_support_in_any_batch_is_its_float64_definition(data: st.DataObject)
 
 
 @pytest.mark.parametrize("repeat", [1, 8])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
 def test_leading_dimensions_count_as_tokens(dtype: torch.dtype, repeat: int) -> None:
     slab, deltas = filled_slab()
     slots = [0, -1, 2, 1, 1, 3] * repeat
