@@ -2,14 +2,11 @@
 
 import copy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from bitsandbytes.functional import dequantize_4bit, has_avx512bf16
 from bitsandbytes.nn import Linear4bit
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -21,6 +18,7 @@ from transformers import (
 )
 
 from spieldose_kernels.base_spec import BaseSpec, fingerprint_checkpoint
+from spieldose_kernels.checkpoint import find_checkpoint, first_line, nf4_layers
 from spieldose_kernels.errors import BaseError
 
 
@@ -41,7 +39,7 @@ def load_base(name: str, *, device: torch.device, compute_dtype: torch.dtype, fu
     product, which rounds activations and block scales to bfloat16 and has no gradient: leave it off
     for training and wherever float32 must mean float32. Raises BaseError.
     """
-    directory = _resolve(name)
+    directory = find_checkpoint(name)
     try:
         config = AutoConfig.from_pretrained(directory)
         tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -54,10 +52,9 @@ def load_base(name: str, *, device: torch.device, compute_dtype: torch.dtype, fu
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise BaseError(
-            f"expected a causal language model at {name}, got: {_first_line(error)}"
+            f"expected a causal language model at {name}, got: {first_line(error)}"
         ) from error
-    layers = {path: m for path, m in model.named_modules() if isinstance(m, Linear4bit)}
-    _check_nf4(name, layers)
+    layers = nf4_layers(model, name=name)
     for layer in layers.values():
         layer.compute_dtype = compute_dtype
         layer.compute_type_is_set = True
@@ -112,18 +109,6 @@ def _correct_on_cpu(layer: Linear4bit, *, fused: bool) -> None:
         layer.support_avx512bf16_for_cpu = False
 
 
-def _resolve(name: str) -> Path:
-    if Path(name).is_dir():
-        return Path(name)
-    try:
-        wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
-        return Path(snapshot_download(name, allow_patterns=wanted))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise BaseError(
-            f"expected a model directory or hub name, got {name!r}: {_first_line(error)}"
-        ) from error
-
-
 def _nf4(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -131,14 +116,3 @@ def _nf4(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
     )
-
-
-def _check_nf4(name: str, layers: dict[str, Linear4bit]) -> None:
-    kinds = {layer.weight.quant_type for layer in layers.values()}
-    if kinds != {"nf4"}:
-        found = ", ".join(sorted(kinds)) or "no 4-bit layer"
-        raise BaseError(f"{name}: expected linear layers quantised to nf4, got {found}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

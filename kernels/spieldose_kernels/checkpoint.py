@@ -1,0 +1,74 @@
+"""A base model's checkpoint as it lies on disk: where it is, and what it is before it is loaded."""
+
+from pathlib import Path
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from spieldose_kernels.base_spec import BaseSpec, fingerprint_checkpoint
+from spieldose_kernels.errors import BaseError
+
+
+def find_checkpoint(name: str) -> Path:
+    """Return the directory of a model, fetched first if `name` is a hub name; raises BaseError."""
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise BaseError(
+            f"expected a model directory or hub name, got {name!r}: {first_line(error)}"
+        ) from error
+
+
+def checkpoint_spec(name: str) -> BaseSpec:
+    """Return what `load_base` would say of this model, without loading its weights.
+
+    Reads the weights once, to hash them. Raises BaseError.
+    """
+    directory = find_checkpoint(name)
+    return BaseSpec(name, fingerprint_checkpoint(directory), target_shapes(directory))
+
+
+def target_shapes(directory: Path) -> dict[str, tuple[int, int]]:
+    """Return (R, C) of every target layer, by module name and in the model's order.
+
+    Builds the model on the meta device and lets transformers choose the layers to quantise, as it
+    does when it loads. Reads nothing but the configuration. Raises BaseError.
+    """
+    try:
+        config = AutoConfig.from_pretrained(directory)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        stored = getattr(config, "quantization_config", None)
+        nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+        wanted = nf4 if stored is None else stored
+        quantizer = AutoHfQuantizer.from_config(wanted, pre_quantized=stored is not None)
+        quantizer.preprocess_model(model=model, device_map={"": "cpu"})
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise BaseError(
+            f"expected a causal language model at {directory}, got: {first_line(error)}"
+        ) from error
+    layers = nf4_layers(model, name=str(directory))
+    return {path: (layer.out_features, layer.in_features) for path, layer in layers.items()}
+
+
+def nf4_layers(model: nn.Module, *, name: str) -> dict[str, Linear4bit]:
+    """Return a quantised model's target layers by module name; raises BaseError if not all NF4."""
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, Linear4bit)}
+    kinds = {layer.weight.quant_type for layer in layers.values()}
+    if kinds != {"nf4"}:
+        found = ", ".join(sorted(kinds)) or "no 4-bit layer"
+        raise BaseError(f"{name}: expected linear layers quantised to nf4, got {found}")
+    return layers
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
