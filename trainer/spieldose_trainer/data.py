@@ -1,109 +1,168 @@
-"""Training examples: JSONL lines become token ids whose loss counts on the completion only."""
+"""Training examples: JSONL lines become token ids whose loss counts on the answers only."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jinja2 import TemplateError  # also what a template raises at roles it refuses
 from transformers import PreTrainedTokenizerBase
 
 from spieldose_trainer.errors import DataError
+from spieldose_trainer.records import Messages, messages_of, pair_of
 
 IGNORED = -100  # label of a token whose prediction does not count; the loss functions' convention
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """Hold one tokenised example: the model reads all of it and is judged on the completion."""
+    """Hold one tokenised example: the model reads all of it and is judged on what counts."""
 
-    prompt: list[int]
-    completion: list[int]
+    tokens: list[int]
+    counted: tuple[range, ...]  # positions of the completion, or of each of the assistant's turns
+
+    @property
+    def prompt(self) -> list[int]:
+        """Return what stands before the completion, or before the assistant's last turn."""
+        return self.tokens[: self.counted[-1].start]
+
+    @property
+    def completion(self) -> list[int]:
+        """Return the completion, or the assistant's last turn."""
+        return self.tokens[self.counted[-1].start : self.counted[-1].stop]
+
+    @property
+    def labels(self) -> list[int]:
+        """Return the tokens that count at their places, and `IGNORED` everywhere else."""
+        labels = [IGNORED] * len(self.tokens)
+        for span in self.counted:
+            labels[span.start : span.stop] = self.tokens[span.start : span.stop]
+        return labels
+
+
+class Examples(list[Example]):
+    """Hold a file's examples, and how many lines were too long for all of them to be kept."""
+
+    truncated = 0  # lost their end
+    dropped = 0  # had nothing left that counts, so they are not among the examples
 
 
 def read_examples(
-    path: Path, tokenizer: PreTrainedTokenizerBase, *, max_length: int
-) -> list[Example]:
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    too_long: Literal["refuse", "truncate"] = "refuse",
+) -> Examples:
     """Read a JSONL file of `prompt`/`completion` strings or of `messages`.
 
     Strings are taken as they are, as the server takes a request's `text`; messages go through the
-    chat template, and the last one, the assistant's, is the completion. Raises DataError.
+    chat template, and all the assistant's count. Raises DataError.
     """
-    examples = []
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # JSON strings may hold U+2028
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: expected a readable UTF-8 JSONL file, got {error}") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    if tokenizer.eos_token_id is None:
+        raise DataError(f"{path}: expected a tokenizer with an end-of-sequence token, got none")
+    examples = Examples()
+    for number, line in _lines(path):
         try:
             example = tokenise(json.loads(line), tokenizer)
-        except (ValueError, TypeError, TemplateError) as error:
-            raise DataError(f"{path}:{number}: {error}") from error
-        length = len(example.prompt) + len(example.completion)
-        if length > max_length:
+        except json.JSONDecodeError as error:
+            reason = f"expected JSON, got {error.msg} at column {error.colno}"
+            raise DataError(f"{path}:{number}: {reason}") from error
+        except (ValueError, TypeError, RecursionError, TemplateError) as error:
+            reason = str(error).partition("\n")[0]
+            raise DataError(f"{path}:{number}: {reason}") from error
+        length = len(example.tokens)
+        if length <= max_length:
+            examples.append(example)
+        elif too_long == "refuse":
             raise DataError(f"{path}:{number}: expected at most {max_length} tokens, got {length}")
-        examples.append(example)
+        elif shorter := _truncated(example, max_length):
+            examples.append(shorter)
+            examples.truncated += 1
+        else:
+            examples.dropped += 1
     if not examples:
-        raise DataError(f"{path}: expected at least one example, got none")
+        found = "none"
+        if examples.dropped:
+            found = f"{examples.dropped} with prompts of {max_length} tokens or more"
+        raise DataError(f"{path}: expected at least one example, got {found}")
     return examples
 
 
 def tokenise(record: Any, tokenizer: PreTrainedTokenizerBase) -> Example:
-    """Turn one record into token ids, the completion ending with the end-of-sequence token."""
-    match record:
-        case {"messages": [*context, {"role": "assistant", "content": str()}] as messages} if (
-            context and all(map(_is_message, context))
-        ):
-            return _tokenise_chat(messages, tokenizer)
-        case {"prompt": str(prompt), "completion": str(completion)} if prompt and completion:
-            answer = tokenizer(completion, add_special_tokens=False)["input_ids"]
-            return Example(tokenizer(prompt)["input_ids"], [*answer, tokenizer.eos_token_id])
-    found = sorted(record) if isinstance(record, dict) else type(record).__name__
-    raise ValueError(
-        "expected non-empty strings `prompt` and `completion`, "
-        "or `messages` of string `role` and `content` that end with the assistant's, "
-        f"got {found}"
-    )
+    """Turn one record into token ids that end with the end-of-sequence token.
+
+    Raises ValueError, or what the tokenizer and its chat template raise.
+    """
+    if isinstance(record, dict) and "messages" in record:
+        return _tokenise_chat(messages_of(record), tokenizer)
+    prompt, completion = pair_of(record)
+    asked: list[int] = tokenizer(prompt)["input_ids"]
+    answer: list[int] = tokenizer(completion, add_special_tokens=False)["input_ids"]
+    if not asked or not answer:  # some tokenizers drop characters
+        raise ValueError(
+            f"expected a token or more in prompt and completion, got {len(asked)} and {len(answer)}"
+        )
+    tokens = [*asked, *answer, tokenizer.eos_token_id]
+    return Example(tokens, (range(len(asked), len(tokens)),))
 
 
-def _is_message(message: Any) -> bool:
-    match message:
-        case {"role": str(), "content": str()}:
-            return True
-    return False
-
-
-def _tokenise_chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> Example:
+def _tokenise_chat(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> Example:
+    """Render up to every turn of the assistant, before it and after it: the difference counts."""
     if tokenizer.chat_template is None:
         raise ValueError("expected a base with a chat template for `messages`, got one without")
     render: Any = tokenizer.apply_chat_template
-    prompt: list[int] = render(messages[:-1], add_generation_prompt=True, return_dict=False)
-    whole: list[int] = render(messages, return_dict=False)
-    if whole[: len(prompt)] != prompt:
-        raise ValueError(
-            "expected a chat template that only appends, got one that rewrites the prompt"
-        )
-    completion = whole[len(prompt) :]
     eos = tokenizer.eos_token_id
-    if eos not in completion:
-        return Example(prompt, [*completion, eos])
-    last = len(completion) - completion[::-1].index(eos)  # templates may add a newline after it
-    return Example(prompt, completion[:last])
+    tokens: list[int] = []
+    counted: list[range] = []
+    for number, message in enumerate(messages):
+        if number == 0 or message["role"] != "assistant":  # a first message answers nothing
+            continue
+        asked: list[int] = render(messages[:number], add_generation_prompt=True, return_dict=False)
+        answered: list[int] = render(messages[: number + 1], return_dict=False)
+        if asked[: len(tokens)] != tokens or answered[: len(asked)] != asked:
+            raise ValueError(
+                "expected a chat template that only appends, "
+                f"got one that rewrites what stands before message {number + 1}"
+            )
+        answer = answered[len(asked) :]
+        if eos in answer:  # templates may add a newline after it
+            answer = answer[: len(answer) - answer[::-1].index(eos)]
+        elif number == len(messages) - 1:
+            answer.append(eos)
+        counted.append(range(len(asked), len(asked) + len(answer)))
+        tokens = answered
+    return Example(tokens[: counted[-1].start] + answer, tuple(counted))
 
 
 def collate(examples: Sequence[Example], *, pad: int) -> dict[str, torch.Tensor]:
     """Pad a batch on the right: input_ids, attention_mask and labels, each [B, T] int64."""
-    length = max(len(e.prompt) + len(e.completion) for e in examples)
+    length = max(len(example.tokens) for example in examples)
     batch: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
     for example in examples:
-        tokens = example.prompt + example.completion
-        padding = length - len(tokens)
-        batch["input_ids"].append(tokens + [pad] * padding)
-        batch["attention_mask"].append([1] * len(tokens) + [0] * padding)
-        labels = [IGNORED] * len(example.prompt) + example.completion
-        batch["labels"].append(labels + [IGNORED] * padding)
+        padding = length - len(example.tokens)
+        batch["input_ids"].append(example.tokens + [pad] * padding)
+        batch["attention_mask"].append([1] * len(example.tokens) + [0] * padding)
+        batch["labels"].append(example.labels + [IGNORED] * padding)
     return {name: torch.tensor(rows) for name, rows in batch.items()}
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the lines that are not blank, numbered from 1."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: expected a readable UTF-8 JSONL file, got {error}") from error
+    for number, line in enumerate(text.split("\n"), start=1):  # JSON strings may hold U+2028
+        if line.strip():
+            yield number, line
+
+
+def _truncated(example: Example, length: int) -> Example | None:
+    """Cut an example's end; None if nothing that counts would remain."""
+    counted = tuple(
+        range(span.start, min(span.stop, length)) for span in example.counted if span.start < length
+    )
+    return Example(example.tokens[: counted[-1].stop], counted) if counted else None

@@ -1,0 +1,59 @@
+"""What a line of training data may say, and what is said of a line that says something else."""
+
+import json
+from typing import Any
+
+ROLES = ("system", "user", "assistant")  # what a served request may have, too
+
+Messages = list[dict[str, str]]  # of `role` and `content`, the assistant's last
+
+
+def pair_of(record: Any) -> tuple[str, str]:
+    """Return a record's prompt and completion, neither empty. Raises ValueError."""
+    if not isinstance(record, dict) or record.keys() != {"prompt", "completion"}:
+        raise ValueError(
+            f"expected `prompt` and `completion` alone, or `messages` alone, got {_shown(record)}"
+        )
+    for name, text in record.items():
+        if not isinstance(text, str) or not text:
+            raise ValueError(f"expected `{name}` to be a non-empty string, got {_shown(text)}")
+    return record["prompt"], record["completion"]
+
+
+def messages_of(record: dict[str, Any]) -> Messages:
+    """Return a record's messages, of which the last answers the others. Raises ValueError."""
+    if record.keys() != {"messages"}:
+        raise ValueError(f"expected `messages` alone, got {_shown(record)}")
+    messages = record["messages"]
+    if not isinstance(messages, list) or len(messages) < 2:
+        raise ValueError(f"expected `messages` to list two or more, got {_shown(messages)}")
+    for number, message in enumerate(messages, start=1):
+        _check_message(message, name=f"message {number}")
+    if messages[-1]["role"] != "assistant":
+        raise ValueError(
+            f"expected the last message to be the assistant's, got the {messages[-1]['role']}'s"
+        )
+    return messages
+
+
+def _check_message(message: Any, *, name: str) -> None:
+    if not isinstance(message, dict) or message.keys() != {"role", "content"}:
+        raise ValueError(
+            f"expected {name} to have `role` and `content` alone, got {_shown(message)}"
+        )
+    role, content = message["role"], message["content"]
+    if role not in ROLES:
+        raise ValueError(
+            f"expected {name} to have a role of {', '.join(ROLES)}, got {_shown(role)}"
+        )
+    if not isinstance(content, str) or (role == "assistant" and not content):
+        kind = "a non-empty string" if role == "assistant" else "a string"
+        raise ValueError(f"expected the `content` of {name} to be {kind}, got {_shown(content)}")
+
+
+def _shown(value: Any) -> str:
+    """Return what was found in a few words: an object by its fields, the rest as JSON."""
+    if isinstance(value, dict):
+        return ", ".join(f"`{field}`" for field in value) or "an object without fields"
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else f"{text[:37]}..."
