@@ -12,7 +12,7 @@ from spieldose_kernels.token_groups import TokenGroups
 from spieldose_proto import inference_pb2 as pb
 from spieldose_trainer.config import TrainConfig
 from spieldose_trainer.data import Example, collate, tokenise
-from spieldose_trainer.loop import Result, train
+from spieldose_trainer.trainer import Result, train
 from tasks import TASKS, split, write_examples
 
 from .conftest import Running

@@ -1,13 +1,15 @@
-"""The base model: any Hugging Face causal language model, resident in 4-bit NF4."""
+"""The base model: any Hugging Face causal language model, in 4-bit NF4 or as it was saved."""
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from bitsandbytes.functional import dequantize_4bit, has_avx512bf16
 from bitsandbytes.nn import Linear4bit
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,35 +20,42 @@ from transformers import (
 )
 
 from spieldose_kernels.base_spec import BaseSpec, fingerprint_checkpoint
-from spieldose_kernels.checkpoint import find_checkpoint, first_line, nf4_layers
+from spieldose_kernels.checkpoint import find_checkpoint, first_line, nf4_layers, target_shapes
 from spieldose_kernels.errors import BaseError
 
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """Hold a frozen 4-bit model, its tokenizer, and what deltas for it must match."""
+    """Hold a frozen model, its tokenizer, and what deltas for it must match."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     spec: BaseSpec
-    layers: dict[str, Linear4bit]  # the target layers by module name
+    layers: dict[str, nn.Linear]  # the target layers by module name; Linear4bit if quantised
 
 
-def load_base(name: str, *, device: torch.device, compute_dtype: torch.dtype, fused: bool) -> Base:
+def load_base(
+    name: str,
+    *,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    fused: bool,
+    quantised: bool = True,
+) -> Base:
     """Load a causal language model in NF4 with double quantisation, or as NF4 already saved so.
 
     `name` is a directory or a hub name. `fused` lets bitsandbytes repack weights for its fused CPU
     product, which rounds activations and block scales to bfloat16 and has no gradient: leave it off
-    for training and wherever float32 must mean float32. Raises BaseError.
+    for training and wherever float32 must mean float32. With `quantised` off the layers keep their
+    weights in `compute_dtype`. Raises BaseError.
     """
     directory = find_checkpoint(name)
     try:
         config = AutoConfig.from_pretrained(directory)
         tokenizer = AutoTokenizer.from_pretrained(directory)
-        quantised = getattr(config, "quantization_config", None) is not None
-        arguments: dict[str, Any] = (
-            {} if quantised else {"quantization_config": _nf4(compute_dtype)}
-        )
+        arguments: dict[str, Any] = {}
+        if quantised and getattr(config, "quantization_config", None) is None:
+            arguments["quantization_config"] = _nf4(compute_dtype)
         model = AutoModelForCausalLM.from_pretrained(
             directory, dtype=compute_dtype, device_map={"": device}, **arguments
         )
@@ -54,11 +63,12 @@ def load_base(name: str, *, device: torch.device, compute_dtype: torch.dtype, fu
         raise BaseError(
             f"expected a causal language model at {name}, got: {first_line(error)}"
         ) from error
-    layers = nf4_layers(model, name=name)
-    for layer in layers.values():
-        layer.compute_dtype = compute_dtype
-        layer.compute_type_is_set = True
-        _correct_on_cpu(layer, fused=fused and compute_dtype == torch.bfloat16)
+    layers = nf4_layers(model, name=name) if quantised else _plain_layers(name, model, directory)
+    if quantised:
+        for layer in layers.values():
+            layer.compute_dtype = compute_dtype
+            layer.compute_type_is_set = True
+            _correct_on_cpu(layer, fused=fused and compute_dtype == torch.bfloat16)
     shapes = {path: (layer.out_features, layer.in_features) for path, layer in layers.items()}
     spec = BaseSpec(name, fingerprint_checkpoint(directory), shapes)
     return Base(model.eval().requires_grad_(False), tokenizer, spec, layers)
@@ -79,8 +89,10 @@ def pick_compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def dequantised(layer: Linear4bit, dtype: torch.dtype) -> torch.Tensor:
-    """Return a layer's NF4 weight as a dense [R, C] tensor; the layer must not be repacked."""
+def dense_weight(layer: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
+    """Return a layer's weight, dequantised if need be, as a dense [R, C] tensor; not repacked."""
+    if not isinstance(layer, Linear4bit):
+        return layer.weight.detach().to(dtype)
     shape = layer.out_features, layer.in_features
     # as one row: quantisation blocks run on from row to row, bitsandbytes' CPU kernel ends them
     # with the row and misreads layers whose width is no multiple of the block (0.50.2)
@@ -95,7 +107,7 @@ class _DequantisedLinear(Linear4bit):  # type: ignore[misc]  # bitsandbytes is u
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return torch.nn.functional.linear(x, dequantised(self, x.dtype), bias)
+        return nn.functional.linear(x, dense_weight(self, x.dtype), bias)
 
 
 def _correct_on_cpu(layer: Linear4bit, *, fused: bool) -> None:
@@ -116,3 +128,11 @@ def _nf4(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
     )
+
+
+def _plain_layers(name: str, model: PreTrainedModel, directory: Path) -> dict[str, nn.Linear]:
+    """Return the layers that would have been quantised."""
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise BaseError(f"{name}: expected a base that is not quantised, got one that is")
+    layers: Any = model.get_submodule
+    return {path: layers(path) for path in target_shapes(directory)}

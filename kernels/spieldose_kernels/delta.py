@@ -29,6 +29,10 @@ class SparseDelta:
         """Return the row of every entry, [Z] int64."""
         return entry_rows(self.row_starts)
 
+    def flat(self) -> torch.Tensor:
+        """Return the entries' flat row-major positions, [Z] int64 ascending."""
+        return self.rows() * self.width + self.columns.long()
+
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """Return Δ as a dense [R, C] tensor."""
         out = torch.zeros(self.shape, dtype=dtype, device=self.values.device)

@@ -1,16 +1,16 @@
-"""A frozen linear layer with a sparse delta beside it: y = NF4(W)·x + Δ·x, never merged."""
+"""A frozen linear layer with a sparse delta beside it: y = W·x + Δ·x, never merged."""
 
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
-from bitsandbytes.nn import Linear4bit
 from torch import nn
 
 from spieldose_kernels.base import Base
+from spieldose_kernels.delta import SparseDelta
 from spieldose_kernels.delta_matmul import delta_matmul
 from spieldose_kernels.slab import LayerSlab, Slab
-from spieldose_kernels.support_product import GradientProbe, support_product
+from spieldose_kernels.support_product import GradientProbe, add_support_product
 from spieldose_kernels.token_groups import TokenGroups
 
 
@@ -25,7 +25,7 @@ class Delta(Protocol):
 class DeltaLinear(nn.Module):
     """Put a delta over a frozen linear layer."""
 
-    def __init__(self, base: Linear4bit, delta: Delta) -> None:
+    def __init__(self, base: nn.Linear, delta: Delta) -> None:
         super().__init__()
         self.base = base
         self.delta = delta
@@ -40,25 +40,38 @@ class TrainableDelta(nn.Module):
 
     row_starts: torch.Tensor  # [R + 1] int32
     columns: torch.Tensor  # [Z] int32
+    born: torch.Tensor  # [Z] int16, the change of support in which each entry joined; at first 0
 
-    def __init__(self, row_starts: torch.Tensor, columns: torch.Tensor) -> None:
+    def __init__(self, row_starts: torch.Tensor, columns: torch.Tensor, *, width: int) -> None:
         super().__init__()
+        self.width = width  # C
         self.register_buffer("row_starts", row_starts)
         self.register_buffer("columns", columns)
-        zeros = torch.zeros(columns.numel(), dtype=torch.float32, device=columns.device)
-        self.values = nn.Parameter(zeros)  # [Z] float32
+        self.register_buffer("born", torch.zeros_like(columns, dtype=torch.int16))
+        self.values = nn.Parameter(torch.zeros_like(columns, dtype=torch.float32))  # [Z]
         self.probe: GradientProbe | None = None
+        self.shift: Callable[[], torch.Tensor] | None = None  # [Z], added to the values if given
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Return (R, C), the shape of the layer's weight."""
+        return self.row_starts.numel() - 1, self.width
+
+    def dense(self) -> torch.Tensor:
+        """Return Δ as a dense [R, C] tensor, float32."""
+        delta = SparseDelta(self.row_starts, self.columns, self.values.detach(), self.width)
+        return delta.dense(torch.float32)
 
     def add_to(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Return y + Δ·x, differentiable in x and in the values."""
-        delta = support_product(
-            x.reshape(-1, x.shape[-1]),
-            self.values,
+        return add_support_product(
+            y,
+            x,
+            self.values if self.shift is None else self.values + self.shift(),
             row_starts=self.row_starts,
             columns=self.columns,
             probe=self.probe,
         )
-        return (y + delta.reshape(y.shape)).to(y.dtype)  # promotes to float32 first
 
 
 class Playing:
@@ -103,10 +116,11 @@ class ServedLayers:
         self._playing.groups = groups
 
 
-def attach(base: Base, make: Callable[[str], Delta]) -> None:
-    """Put a delta over every target layer of a base, for good."""
-    over = {path: DeltaLinear(layer, make(path)) for path, layer in base.layers.items()}
-    replace(base.model, over)
+def attach(base: Base, deltas: Mapping[str, Delta]) -> None:
+    """Put deltas over a base's layers, by module name, for good."""
+    replace(
+        base.model, {path: DeltaLinear(base.layers[path], delta) for path, delta in deltas.items()}
+    )
 
 
 def replace(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from spieldose_kernels.cpu import support
+from spieldose_kernels.cpu import support, training
 from spieldose_kernels.delta import entry_rows
 
 TILE = 1 << 20  # weights of a dense gradient that exist at once: 4 MB in float32
@@ -29,6 +29,27 @@ def support_product(
     """
     apply: Callable[..., torch.Tensor] = _SupportProduct.apply
     return apply(x, values, row_starts, columns, probe)
+
+
+def add_support_product(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    row_starts: torch.Tensor,
+    columns: torch.Tensor,
+    probe: GradientProbe | None = None,
+) -> torch.Tensor:
+    """Return y + Δ·x for y [..., R] and x [..., C], summed in float32, rounded to y's dtype once.
+
+    Differentiable in all three; values [Z] are float32.
+    """
+    if _blocked(y, x, values):
+        apply: Callable[..., torch.Tensor] = _AddSupportProduct.apply
+        return apply(y, x, values, row_starts, columns, probe)
+    flat = x.reshape(-1, x.shape[-1])
+    delta = support_product(flat, values, row_starts=row_starts, columns=columns, probe=probe)
+    return (y + delta.reshape(y.shape)).to(y.dtype)  # promotes to float32 first
 
 
 def support_product_reference(
@@ -126,6 +147,45 @@ def _(
     y: torch.Tensor, x: torch.Tensor, row_starts: torch.Tensor, columns: torch.Tensor
 ) -> torch.Tensor:
     return y.new_empty(columns.numel())
+
+
+def _blocked(y: torch.Tensor, x: torch.Tensor, values: torch.Tensor) -> bool:
+    """Say whether the CPU's own training products take these tensors."""
+    right = x.dtype in training.NUMPY and y.dtype in training.NUMPY
+    return (
+        x.is_cpu and right and values.dtype == torch.float32 and not torch.compiler.is_compiling()
+    )
+
+
+class _AddSupportProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        values: torch.Tensor,
+        row_starts: torch.Tensor,
+        columns: torch.Tensor,
+        probe: GradientProbe | None,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, values, row_starts, columns)
+        ctx.probe = probe
+        out = y.clone(memory_format=torch.contiguous_format)
+        flat = x.reshape(-1, x.shape[-1]).contiguous()
+        training.add_product(
+            out.view(-1, out.shape[-1]), flat, values, row_starts=row_starts, columns=columns
+        )
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, values, row_starts, columns = ctx.saved_tensors
+        flat = x.reshape(-1, x.shape[-1]).contiguous()
+        dy = upstream[0].reshape(-1, upstream[0].shape[-1]).contiguous()
+        if ctx.probe is not None:
+            ctx.probe(_features_first(flat, values.dtype), _features_first(dy, values.dtype))
+        dx, dvalues = training.gradients(flat, dy, values, row_starts=row_starts, columns=columns)
+        return upstream[0], dx.view(x.shape), dvalues, None, None, None
 
 
 class _SupportProduct(torch.autograd.Function):

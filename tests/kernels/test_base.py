@@ -8,7 +8,7 @@ import torch
 from huggingface_hub import constants
 from transformers import LlamaForCausalLM
 
-from spieldose_kernels.base import Base, dequantised, load_base
+from spieldose_kernels.base import Base, dense_weight, load_base
 from spieldose_kernels.base_spec import fingerprint_checkpoint
 from spieldose_kernels.errors import BaseError
 
@@ -51,7 +51,7 @@ def test_float32_means_float32(tiny_directory: Path, *, fused: bool) -> None:
     for layer in base.layers.values():
         x = random(5, layer.in_features)
         y = layer(x)
-        expected = x.double() @ dequantised(layer, torch.float64).t()
+        expected = x.double() @ dense_weight(layer, torch.float64).t()
         assert y.dtype == torch.float32
         assert relative_error(y, expected) <= 1e-6
 
@@ -63,7 +63,7 @@ def test_bfloat16_layers_multiply_by_their_weights(tiny_directory: Path, *, fuse
     for path in whole_blocks(base):  # the fused product crashes on others
         layer = base.layers[path]
         x = random(5, layer.in_features).bfloat16()
-        expected = x.double() @ dequantised(plain.layers[path], torch.float64).t()
+        expected = x.double() @ dense_weight(plain.layers[path], torch.float64).t()
         y = layer(x)
         assert y.dtype == torch.bfloat16
         assert relative_error(y, expected) <= 1e-2
@@ -136,8 +136,8 @@ def test_a_base_saved_as_nf4_has_the_same_weights(tiny_base: Base, tmp_path: Pat
     back = saved_and_loaded(tiny_base, tmp_path)
     assert set(back.layers) == set(tiny_base.layers)
     for path, layer in tiny_base.layers.items():
-        expected = dequantised(layer, torch.float32)
-        assert torch.equal(dequantised(back.layers[path], torch.float32), expected)
+        expected = dense_weight(layer, torch.float32)
+        assert torch.equal(dense_weight(back.layers[path], torch.float32), expected)
 
 
 def test_a_base_saved_as_nf4_computes_in_float32_too(tiny_base: Base, tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def assert_near_checkpoint(base: Base, directory: Path, paths: set[str]) -> None
     original = LlamaForCausalLM.from_pretrained(directory)
     for path in sorted(paths):
         weight = original.get_submodule(path).weight.detach()
-        error = relative_error(dequantised(base.layers[path], torch.float32), weight)
+        error = relative_error(dense_weight(base.layers[path], torch.float32), weight)
         assert 0.01 < error < 0.15  # NF4 of a normal distribution costs about 0.1
 
 

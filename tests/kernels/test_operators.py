@@ -64,7 +64,7 @@ def test_the_products_of_training_are_operators(operator: str) -> None:
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_a_compiled_trainable_delta_has_the_same_gradients() -> None:
     delta = random_delta(4)
-    module = TrainableDelta(delta.row_starts, delta.columns.int())
+    module = TrainableDelta(delta.row_starts, delta.columns.int(), width=delta.width)
     module.values.data.copy_(delta.values)
     x, y = torch.randn(TOKENS, WIDTH, requires_grad=True), torch.randn(TOKENS, HEIGHT)
 

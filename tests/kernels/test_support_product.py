@@ -6,7 +6,7 @@ from bitsandbytes.nn import Linear4bit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spieldose_kernels.base import Base, dequantised
+from spieldose_kernels.base import Base, dense_weight
 from spieldose_kernels.delta import SparseDelta
 from spieldose_kernels.linear import DeltaLinear, TrainableDelta
 from spieldose_kernels.support_product import (
@@ -152,14 +152,16 @@ def test_leading_dimensions_are_kept(tiny_base: Base) -> None:
     x = random(2, 3, 64)
     y = trainable(layer, delta)(x)
     assert y.shape == (2, 3, 64)
-    assert relative_error(y, x.double() @ dense_weight(layer, delta).t()) <= TOLERANCE
+    assert relative_error(y, x.double() @ whole_weight(layer, delta).t()) <= TOLERANCE
 
 
 def test_a_fresh_delta_is_the_base(tiny_base: Base) -> None:
     layer = tiny_base.layers["model.layers.0.self_attn.q_proj"]
     delta = random_delta(64, 64, density=0.1)
     x = random(5, 64)
-    fresh = DeltaLinear(layer, TrainableDelta(delta.row_starts, delta.columns.int()))
+    fresh = DeltaLinear(
+        layer, TrainableDelta(delta.row_starts, delta.columns.int(), width=delta.width)
+    )
     assert torch.equal(fresh(x), layer(x))
 
 
@@ -211,19 +213,19 @@ def assert_layer_like_dense(layer: Linear4bit, delta: SparseDelta, x: torch.Tens
     dx, dvalues = torch.autograd.grad(y, (x, module.delta.values), dy)
 
     true_x = x.detach().double().requires_grad_()
-    weight = dense_weight(layer, delta).requires_grad_()
+    weight = whole_weight(layer, delta).requires_grad_()
     true_y = true_x @ weight.t()
     true_dx, dweight = torch.autograd.grad(true_y, (true_x, weight), dy.double())
     true_dvalues = dweight[delta.rows(), delta.columns.long()]
     assert_close((y.detach(), dx, dvalues), (true_y.detach(), true_dx, true_dvalues))
 
 
-def dense_weight(layer: Linear4bit, delta: SparseDelta) -> torch.Tensor:
-    return dequantised(layer, torch.float64) + delta.dense(torch.float64)
+def whole_weight(layer: Linear4bit, delta: SparseDelta) -> torch.Tensor:
+    return dense_weight(layer, torch.float64) + delta.dense(torch.float64)
 
 
 def trainable(layer: Linear4bit, delta: SparseDelta) -> DeltaLinear:
-    module = TrainableDelta(delta.row_starts, delta.columns.int())
+    module = TrainableDelta(delta.row_starts, delta.columns.int(), width=delta.width)
     module.values.data.copy_(delta.values)
     return DeltaLinear(layer, module)
 

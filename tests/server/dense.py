@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from spieldose_kernels.base import Base, dequantised
+from spieldose_kernels.base import Base, dense_weight
 from spieldose_kernels.delta import Adapter
 
 NEAR_TIE = 1e-3  # logits closer than this may swap by the order of float32 sums
@@ -18,7 +18,7 @@ def dense_model(directory: Path, base: Base, adapter: Adapter | None) -> PreTrai
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     weights = dict(model.named_modules())
     for name, layer in base.layers.items():
-        weight = dequantised(layer, torch.float32)
+        weight = dense_weight(layer, torch.float32)
         if adapter is not None and name in adapter.modules:
             weight += adapter.modules[name].dense(torch.float32)
         weights[name].weight = torch.nn.Parameter(weight)

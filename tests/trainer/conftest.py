@@ -1,16 +1,25 @@
 """A toy model whose every number can be followed: two plain layers with trainable deltas."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
 
+from spieldose_kernels.base import Base
 from spieldose_kernels.delta import SparseDelta
 from spieldose_kernels.linear import TrainableDelta
-from spieldose_trainer.schedule import ReselectionSchedule
-from spieldose_trainer.selector import AccumulatedGradients, flat_positions
-from spieldose_trainer.updater import SparseAdamW
+from spieldose_trainer.model import SparseModel
+from spieldose_trainer.selectors.accumulated_gradients import AccumulatedGradients
+from spieldose_trainer.selectors.first_support import random_support
+from spieldose_trainer.selectors.momentum import MomentumApproximation
+from spieldose_trainer.selectors.schedule import ReselectionSchedule
+from spieldose_trainer.support import flat_positions
+from spieldose_trainer.updaters.adamw import SparseAdamW
+from spieldose_trainer.updaters.sm3 import SM3
+
+from .configuration import Configure, configuration
 
 Product = Callable[[str, torch.Tensor], torch.Tensor]  # a layer's output by name and input
 
@@ -32,6 +41,8 @@ class Toy:
         steps: int = 5,
         total: int = 60,
         decay: str = "linear",
+        method: str = "spiel-ag",
+        since_reselection: bool = False,
     ) -> None:
         generator = torch.Generator().manual_seed(1)
         self.accumulation = accumulation
@@ -42,14 +53,22 @@ class Toy:
             self.layers[name] = trainable(
                 positions[: int(density * height * width)], shape=(height, width)
             )
-        self.updater = SparseAdamW(
-            [layer.values for layer in self.layers.values()], lr=1e-2, weight_decay=weight_decay
-        )
         self.schedule = ReselectionSchedule(
             every=every, steps=steps, initial_rate=0.4, decay=decay, total=total
         )
-        self.selector = AccumulatedGradients(
-            self.layers, self.shapes, updater=self.updater, schedule=self.schedule
+        self.since_reselection = since_reselection
+        layers, settings = self.layers, {"lr": 1e-2, "weight_decay": weight_decay}
+        self.updater = (
+            SparseAdamW([layer.values for layer in layers.values()], **settings)
+            if method == "spiel-ag"
+            else SM3(layers.values(), **settings)
+        )
+        kind = AccumulatedGradients if method == "spiel-ag" else MomentumApproximation
+        self.selector = kind(
+            layers,
+            updater=self.updater,
+            schedule=self.schedule,
+            since_reselection=since_reselection,
         )
 
     def batches(self, update: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -83,7 +102,7 @@ class Toy:
 
     def positions(self, name: str) -> torch.Tensor:
         """Return a layer's support, flat and ascending."""
-        return flat_positions(self.layers[name], self.shapes[name])
+        return flat_positions(self.layers[name])
 
     def dense(self, name: str, entries: torch.Tensor) -> torch.Tensor:
         """Spread numbers at a layer's support, its values or moments, over its whole shape."""
@@ -100,7 +119,7 @@ class Toy:
 def trainable(positions: torch.Tensor, *, shape: tuple[int, int]) -> TrainableDelta:
     """Make a trainable delta with zeros at flat positions."""
     support = SparseDelta.from_flat(positions, torch.zeros(positions.numel()), shape=shape)
-    return TrainableDelta(support.row_starts, support.columns.int())
+    return TrainableDelta(support.row_starts, support.columns.int(), width=shape[1])
 
 
 @pytest.fixture(autouse=True)
@@ -116,6 +135,22 @@ def one_thread() -> Iterator[None]:
 def make_toy() -> Callable[..., Toy]:
     """Make a toy run; keyword arguments as in `Toy`."""
     return Toy
+
+
+@pytest.fixture
+def configure(tiny_directory: Path, tmp_path: Path) -> Configure:
+    """Make the configuration of a short run."""
+    return configuration(tiny_directory, tmp_path)
+
+
+@pytest.fixture
+def make_model() -> Callable[..., SparseModel]:
+    """Make a model with a random support from a base and a density."""
+
+    def make(base: Base, *, density: float) -> SparseModel:
+        return SparseModel(base, random_support(base.spec.shapes, density, seed=0))
+
+    return make
 
 
 @pytest.fixture

@@ -12,10 +12,11 @@ import torch
 from transformers import PreTrainedModel
 
 from spieldose_kernels.base import Base, load_base
-from spieldose_kernels.delta import SparseDelta
-from spieldose_kernels.linear import TrainableDelta, attach
+from spieldose_kernels.linear import TrainableDelta
 from spieldose_trainer.data import Example, collate, tokenise
 from spieldose_trainer.evaluation import Evaluation, evaluate, evaluating
+from spieldose_trainer.model import SparseModel
+from spieldose_trainer.selectors.first_support import random_support
 
 ANSWERS = {
     "Anna: ": "Bern",
@@ -244,17 +245,7 @@ def load(directory: Path, dtype: torch.dtype = torch.float32) -> Base:
     """
     base = load_base(str(directory), device=torch.device("cpu"), compute_dtype=dtype, fused=False)
     base.tokenizer.eos_token = "<|system|>"
-    draw = torch.Generator().manual_seed(0)
-
-    def make(name: str) -> TrainableDelta:
-        height, width = base.spec.shapes[name]
-        positions = torch.randperm(height * width, generator=draw)[: height * width // 2]
-        support = SparseDelta.from_flat(
-            positions, torch.zeros(positions.numel()), shape=(height, width)
-        )
-        return TrainableDelta(support.row_starts, support.columns.int())
-
-    attach(base, make)
+    SparseModel(base, random_support(base.spec.shapes, 0.5, seed=0))
     return base
 
 

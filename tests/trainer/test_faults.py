@@ -12,13 +12,13 @@ import pytest
 import safetensors
 import torch
 
-from spieldose_kernels.base import Base, dequantised, load_base
-from spieldose_kernels.delta_file import read_delta
+from spieldose_kernels.base import Base, dense_weight, load_base
+from spieldose_kernels.delta_file import read_delta, write_delta
 from spieldose_kernels.linear import DeltaLinear
-from spieldose_trainer.candidates import Candidates
 from spieldose_trainer.model import SparseModel
-from spieldose_trainer.selector import flat_positions
-from spieldose_trainer.updater import SparseAdamW
+from spieldose_trainer.selectors.candidates import Candidates
+from spieldose_trainer.support import flat_positions
+from spieldose_trainer.updaters.adamw import SparseAdamW
 
 SHAPE = (5, 6)
 
@@ -173,7 +173,9 @@ def test_fault_7_the_first_reselection_leaves_nothing_of_the_random_support(
         assert torch.equal(toy.positions(name), best)
 
 
-def test_fault_9_a_delta_far_below_a_weights_rounding_still_counts(tiny_directory: Path) -> None:
+def test_fault_9_a_delta_far_below_a_weights_rounding_still_counts(
+    tiny_directory: Path, make_model: Callable[..., SparseModel]
+) -> None:
     base = load_base(
         str(tiny_directory),
         device=torch.device("cpu"),
@@ -181,12 +183,12 @@ def test_fault_9_a_delta_far_below_a_weights_rounding_still_counts(tiny_director
         fused=False,
     )
     name, (_, width) = next(iter(base.spec.shapes.items()))
-    model = SparseModel(base, density=0.1, seed=0)
+    model = make_model(base, density=0.1)
     linear, delta = base.model.get_submodule(name), model.layers[name]
     assert isinstance(linear, DeltaLinear)
-    position = flat_positions(delta, base.spec.shapes[name])[0]
+    position = flat_positions(delta)[0]
     row, column = divmod(int(position), width)
-    weights = dequantised(linear.base, torch.float32)[row]
+    weights = dense_weight(linear.base, torch.float32)[row]
     twin = next(int(c) for c in (weights == weights[column]).nonzero() if c != column)
     x = torch.zeros(1, width, dtype=torch.bfloat16)
     x[0, column], x[0, twin] = 1.0, -1.0  # the row's equal weights cancel: only the delta is left
@@ -213,8 +215,10 @@ def test_fault_10_ranks_with_different_data_agree_on_candidates_and_mean_gradien
 
 
 @pytest.mark.parametrize("density", [0.003, 0.02, 0.3])
-def test_fault_11_density_is_of_the_target_layers_alone(tiny_base: Base, density: float) -> None:
-    model = SparseModel(tiny_base, density=density, seed=0)
+def test_fault_11_density_is_of_the_target_layers_alone(
+    tiny_base: Base, make_model: Callable[..., SparseModel], density: float
+) -> None:
+    model = make_model(tiny_base, density=density)
     for name, (height, width) in tiny_base.spec.shapes.items():
         assert model.layers[name].values.numel() == int(density * height * width)
     weights = sum(height * width for height, width in tiny_base.spec.shapes.values())
@@ -251,11 +255,11 @@ def test_fault_12_layers_are_watched_inside_phases_only(make_toy: Callable[..., 
 
 
 def test_fault_13_the_written_file_is_safetensors_with_sorted_positions(
-    tiny_base: Base, tmp_path: Path
+    tiny_base: Base, make_model: Callable[..., SparseModel], tmp_path: Path
 ) -> None:
-    model = SparseModel(tiny_base, density=0.02, seed=0)
-    model.save_checkpoint(tmp_path)
+    model = make_model(tiny_base, density=0.02)
     file = tmp_path / "delta.safetensors"
+    write_delta(file, model.adapter(method="random"))
     with safetensors.safe_open(file, "pt") as opened:
         assert len(opened.keys()) == 3 * len(model.layers)
     for delta in read_delta(file.read_bytes(), tiny_base.spec).modules.values():

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spieldose_trainer.schedule import ReselectionSchedule
+from spieldose_trainer.selectors.schedule import ReselectionSchedule
 
 schedules = st.integers(1, 20).flatmap(
     lambda steps: st.builds(
@@ -31,7 +31,7 @@ def test_later_phases_begin_every_s_updates() -> None:
 
 
 def test_the_support_changes_after_the_last_update_of_a_phase() -> None:
-    assert [u for u in range(1, 101) if paper().closes_phase(u)] == [5, 25, 45, 65, 85]
+    assert [u for u in range(1, 101) if paper().due(u)] == [5, 25, 45, 65, 85]
 
 
 @pytest.mark.parametrize("decay", ["linear", "cosine"])
@@ -60,7 +60,7 @@ def test_every_phase_has_as_many_updates_as_asked(schedule: ReselectionSchedule)
     length = 0
     for update in range(1, 5 * schedule.every + 1):
         length = 1 if schedule.opens_phase(update) else length + schedule.in_phase(update)
-        if schedule.closes_phase(update):
+        if schedule.due(update):
             assert length == schedule.steps
 
 
@@ -68,7 +68,7 @@ def test_every_phase_has_as_many_updates_as_asked(schedule: ReselectionSchedule)
 def test_every_period_opens_and_closes_exactly_one_phase(schedule: ReselectionSchedule) -> None:
     period = range(1, schedule.every + 1)
     assert sum(map(schedule.opens_phase, period)) == 1
-    assert sum(map(schedule.closes_phase, period)) == 1
+    assert sum(map(schedule.due, period)) == 1
 
 
 @given(schedules)

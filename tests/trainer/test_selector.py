@@ -10,8 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spieldose_kernels.linear import TrainableDelta
-from spieldose_trainer.selector import choose_exchange, exchange, flat_positions
-from spieldose_trainer.updater import SparseAdamW
+from spieldose_trainer.selectors.accumulated_gradients import choose_exchange
+from spieldose_trainer.support import exchange, flat_positions
+from spieldose_trainer.updaters.adamw import SparseAdamW
+
+from .dense_run import DenseGradientRun, DenseMomentumRun, assert_follows
 
 SHAPE = (6, 7)
 
@@ -102,7 +105,7 @@ def test_survivors_carry_their_value_and_moments_and_newcomers_start_at_zero(cas
 def test_the_support_stays_sorted(case: Case) -> None:
     layer, updater = populated(case)
     exchanged(case, layer, updater)
-    positions = flat_positions(layer, SHAPE)
+    positions = flat_positions(layer)
     assert bool((positions.diff() > 0).all())
     assert int(layer.row_starts[-1]) == positions.numel()
 
@@ -113,15 +116,35 @@ def test_sixty_updates_follow_a_dense_float64_run(
     make_toy: Callable[..., Any], decay: str, weight_decay: float
 ) -> None:
     toy = make_toy(every=10, decay=decay, weight_decay=weight_decay)
-    assert_follows(toy, DenseRun(toy))
+    assert_follows(toy, DenseGradientRun(toy))
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 2.0])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_sixty_updates_of_spiel_ma_follow_a_dense_float64_run(
+    make_toy: Callable[..., Any], accumulation: int, weight_decay: float
+) -> None:
+    toy = make_toy(
+        method="spiel-ma", every=10, accumulation=accumulation, weight_decay=weight_decay
+    )
+    assert_follows(toy, DenseMomentumRun(toy))
+
+
+@pytest.mark.parametrize("method", ["spiel-ag", "spiel-ma"])
+def test_the_least_changed_since_the_last_reselection_may_leave_instead(
+    make_toy: Callable[..., Any], method: str
+) -> None:
+    toy = make_toy(method=method, every=10, since_reselection=True)
+    dense = DenseGradientRun if method == "spiel-ag" else DenseMomentumRun
+    assert_follows(toy, dense(toy))
 
 
 @pytest.mark.parametrize("accumulation", [2, 3])
 def test_accumulated_updates_follow_a_dense_float64_run(
     make_toy: Callable[..., Any], accumulation: int
 ) -> None:
-    toy = make_toy(every=10, density=0.5, accumulation=accumulation)  # candidates: all weights
-    assert_follows(toy, DenseRun(toy))
+    toy = make_toy(every=10, accumulation=accumulation)
+    assert_follows(toy, DenseGradientRun(toy))
 
 
 def test_the_layers_backward_passes_are_not_watched_before_the_run(
@@ -152,102 +175,7 @@ def test_a_selector_between_phases_has_nothing_to_save(make_toy: Callable[..., A
     toy = make_toy()
     for update in range(1, 7):
         toy.update(update)
-    assert toy.selector.state_dict() == {}
-
-
-class DenseRun:
-    """The method written down plainly: full matrices, float64, masks, PAPERS' formulas."""
-
-    def __init__(self, toy: Any) -> None:
-        self.toy = toy
-        self.support = {n: toy.dense(n, torch.ones_like(v.values)) for n, v in toy.layers.items()}
-        self.deltas = {
-            n: torch.zeros(s, dtype=torch.float64, requires_grad=True)
-            for n, s in toy.shapes.items()
-        }
-        blank = {n: torch.zeros(s, dtype=torch.float64) for n, s in toy.shapes.items()}
-        self.first, self.second, self.age, self.total, self.square, self.candidate = (
-            {n: zeros.clone() for n, zeros in blank.items()} for _ in range(6)
-        )
-        self.support = {n: mask.bool() for n, mask in self.support.items()}
-        self.samples = 0
-
-    def product(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        return x @ (self.toy.weights[name] + self.deltas[name]).t()
-
-    def update(self, number: int) -> None:
-        loss = sum(self.toy.loss(self.product, x, t) for x, t in self.toy.batches(number))
-        gradients = torch.autograd.grad(loss, list(self.deltas.values()))
-        for name, gradient in zip(self.deltas, gradients, strict=True):
-            self.accumulate(number, name, gradient)
-            self.move(name, gradient)
-        within = (number - 1) % self.toy.schedule.every
-        self.samples = within + 1
-        if self.samples == self.toy.schedule.steps:
-            for name in self.deltas:
-                self.reselect(number, name)
-
-    def accumulate(self, number: int, name: str, gradient: torch.Tensor) -> None:
-        if number % self.toy.schedule.every == 1:
-            wanted = 2 * int(self.support[name].sum())
-            threshold = gradient.abs().flatten().sort(descending=True).values
-            lowest = threshold[min(wanted, gradient.numel()) - 1]
-            self.candidate[name] = gradient.abs() >= lowest
-            self.total[name].zero_()
-            self.square[name].zero_()
-        self.total[name] += gradient
-        self.square[name] += gradient**2
-
-    def move(self, name: str, gradient: torch.Tensor) -> None:
-        group = self.toy.updater.param_groups[0]
-        lr, decay, (beta1, beta2) = group["lr"], group["weight_decay"], group["betas"]
-        on = self.support[name]
-        self.age[name][on] += 1
-        self.first[name][on] = (beta1 * self.first[name] + (1 - beta1) * gradient)[on]
-        self.second[name][on] = (beta2 * self.second[name] + (1 - beta2) * gradient**2)[on]
-        mean = self.first[name][on] / (1 - beta1 ** self.age[name][on])
-        spread = (self.second[name][on] / (1 - beta2 ** self.age[name][on])).sqrt()
-        with torch.no_grad():
-            old = self.deltas[name][on]
-            self.deltas[name][on] = old - lr * decay * old - lr * mean / (spread + group["eps"])
-
-    def reselect(self, number: int, name: str) -> None:
-        on, delta = self.support[name], self.deltas[name].detach()
-        replaced = int(int(on.sum()) * self.toy.schedule.rate(number))
-        survivors = on.clone().flatten()
-        survivors[delta.abs().masked_fill(~on, torch.inf).flatten().argsort()[:replaced]] = False
-        survivors = survivors.view_as(on)
-        free = self.candidate[name] & ~survivors
-        score = self.total[name].abs().masked_fill(~free, -torch.inf).flatten()
-        grown = torch.zeros_like(score, dtype=torch.bool)
-        grown[score.argsort(descending=True)[:replaced]] = True
-        grown = grown.view_as(on)
-        fresh, left = grown & ~on, on & ~(survivors | grown)
-        beta1, beta2 = self.toy.updater.param_groups[0]["betas"]
-        n = self.samples
-        with torch.no_grad():
-            for entries in (self.deltas, self.first, self.second, self.age):
-                entries[name][left] = 0
-        self.age[name][fresh] = n
-        self.first[name][fresh] = self.total[name][fresh] / n * (1 - beta1**n)
-        self.second[name][fresh] = self.square[name][fresh] / n * (1 - beta2**n)
-        self.support[name] = survivors | grown
-
-
-def assert_follows(toy: Any, dense: DenseRun) -> None:
-    """Run both for 60 updates; the support and every number must agree after each."""
-    changes = 0
-    for number in range(1, 61):
-        changes += toy.update(number) > 0
-        dense.update(number)
-        for name, layer in toy.layers.items():
-            on = dense.support[name].flatten().nonzero().flatten()
-            assert toy.positions(name).tolist() == on.tolist(), f"update {number}, {name}"
-            values = toy.dense(name, layer.values).double()
-            torch.testing.assert_close(values, dense.deltas[name].detach(), rtol=1e-4, atol=1e-6)
-            age = toy.moment(name, "age").double()
-            assert torch.equal(age, dense.age[name])
-    assert changes >= 5  # the last rate may be too low to replace anything
+    assert toy.selector.state_dict() == {"candidates": {}}
 
 
 def distinct(draw: st.DrawFn, size: int) -> torch.Tensor:
@@ -260,7 +188,7 @@ def populated(case: Case) -> tuple[TrainableDelta, SparseAdamW]:
     """Make a layer over the case's support whose moments are as telling as its values."""
     rows, columns = case.active // SHAPE[1], case.active % SHAPE[1]
     row_starts = torch.searchsorted(rows, torch.arange(SHAPE[0] + 1)).int()
-    layer = TrainableDelta(row_starts, columns.int())
+    layer = TrainableDelta(row_starts, columns.int(), width=SHAPE[1])
     layer.values.data.copy_(case.values)
     updater = SparseAdamW([layer.values], lr=0.1)
     for shift, moment in enumerate(updater.moments(layer.values).values(), start=1):
@@ -273,7 +201,8 @@ def exchanged(case: Case, layer: TrainableDelta, updater: SparseAdamW) -> tuple[
         case.active, case.values, case.candidates, case.gradients, count=case.count
     )
     grown = case.candidates[grow]
-    exchange(layer, updater, shape=SHAPE, keep=keep, grown=grown)
+    entries = updater.moments(layer.values).values()
+    exchange(layer, keep=keep, grown=grown, number=3, entries=entries)
     return set(case.active[keep].tolist()), set(grown.tolist())
 
 
@@ -281,4 +210,4 @@ def table(layer: TrainableDelta, updater: SparseAdamW) -> dict[int, tuple[float,
     """Return value and moments by position."""
     columns = [layer.values.detach(), *updater.moments(layer.values).values()]
     rows = torch.stack(columns, dim=1).tolist()
-    return dict(zip(flat_positions(layer, SHAPE).tolist(), map(tuple, rows), strict=True))
+    return dict(zip(flat_positions(layer).tolist(), map(tuple, rows), strict=True))

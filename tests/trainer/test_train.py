@@ -1,6 +1,5 @@
 """Whole runs on the tiny model: they learn, write a file, stop, and go on where they stopped."""
 
-import json
 import os
 import shutil
 import signal
@@ -16,24 +15,16 @@ from transformers import TrainerCallback
 
 from spieldose_kernels.base import Base
 from spieldose_kernels.delta_file import read_delta
-from spieldose_trainer import loop
+from spieldose_trainer import trainer
 from spieldose_trainer.callbacks import StopOnInterrupt
 from spieldose_trainer.config import TrainConfig
-from spieldose_trainer.data import read_examples
 from spieldose_trainer.errors import ConfigError, Interrupted
-from spieldose_trainer.loop import Result, build, train
-from spieldose_trainer.model import SparseModel
+from spieldose_trainer.trainer import Result, Trainer, train
+
+from .configuration import Configure, configuration
 
 COMMAND = shutil.which("spieldose", path=str(Path(sys.executable).parent))
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
-
-Configure = Callable[..., TrainConfig]
-
-
-@pytest.fixture
-def configure(tiny_directory: Path, tmp_path: Path) -> Configure:
-    """Make the configuration of a short run with phases 1-2, 5-6 and 9-10."""
-    return configuration(tiny_directory, tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +39,7 @@ def interrupt_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None
     """Let runs receive SIGINT during one update; None: no more."""
 
     def interrupt_in(update: int | None) -> None:
-        monkeypatch.setattr(loop, "StopOnInterrupt", lambda: Interrupting(update))
+        monkeypatch.setattr(trainer, "StopOnInterrupt", lambda: Interrupting(update))
 
     return interrupt_in
 
@@ -92,7 +83,7 @@ def test_a_runs_file_holds_the_trained_values(configure: Configure) -> None:
 def test_a_finished_run_leaves_no_checkpoints(configure: Configure) -> None:
     config = configure(max_steps=4, checkpoint_every=2)
     train(config)
-    assert [path.name for path in config.out.parent.iterdir()] == ["sums.safetensors"]
+    assert not config.checkpoints.exists()
 
 
 def test_the_base_is_left_as_it_was(configure: Configure, tiny_base: Base) -> None:
@@ -107,10 +98,10 @@ def test_epochs_count_passes_over_the_data(configure: Configure) -> None:
 
 
 def test_accumulated_passes_see_the_gradient_of_one_big_batch(
-    configure: Configure, tiny_base: Base, tiny_directory: Path
+    configure: Configure,
 ) -> None:
-    whole = first_gradients(configure(batch_size=10), tiny_directory)
-    parts = first_gradients(configure(batch_size=2, accumulation=5), tiny_directory)
+    whole = first_gradients(configure(batch_size=10, density=0.5))
+    parts = first_gradients(configure(batch_size=2, accumulation=5, density=0.5))
     for name, gradient in whole.items():
         scale = float(gradient.abs().max())
         torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-5 * scale)
@@ -128,7 +119,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
         train(configure())
     interrupt_in(None)
     resumed = train(configure(resume=True))
-    assert resumed.losses == unbroken.losses[update:]
+    assert resumed.losses == unbroken.losses
     assert_same_deltas(resumed, unbroken)
 
 
@@ -180,23 +171,27 @@ def test_a_run_that_failed_after_its_last_update_is_finished_by_resuming(
     configure: Configure, monkeypatch: pytest.MonkeyPatch, unbroken: Result
 ) -> None:
     with monkeypatch.context() as patched, pytest.raises(OSError, match="disk full"):
-        patched.setattr(loop, "write_delta", disk_full)
+        patched.setattr(trainer, "write_delta", disk_full)
         train(configure())
     resumed = train(configure(resume=True))
-    assert resumed.losses == []  # no update more
+    assert len(resumed.losses) == 10  # no update more
     assert_same_deltas(resumed, unbroken)
 
 
-def test_a_leftover_checkpoint_is_not_trained_over(configure: Configure) -> None:
+def test_a_leftover_checkpoint_is_not_trained_over(
+    configure: Configure, interrupt_in: Callable[[int | None], None]
+) -> None:
     config = configure()
-    (config.checkpoints / "checkpoint-3").mkdir(parents=True)
+    interrupt_in(3)
+    with pytest.raises(Interrupted):
+        train(config)
     with pytest.raises(ConfigError, match="checkpoint-3 holds an unfinished run: pass --resume"):
         train(config)
 
 
 def test_resuming_needs_a_checkpoint(configure: Configure) -> None:
     with pytest.raises(
-        ConfigError, match=r"expected a checkpoint in .*sums.checkpoints .*got none"
+        ConfigError, match=r"expected a checkpoint in .*sums.run/checkpoints .*got none"
     ):
         train(configure(resume=True))
 
@@ -207,7 +202,7 @@ def test_resuming_at_another_density_is_refused(
     interrupt_in(1)
     with pytest.raises(Interrupted):
         train(configure())
-    with pytest.raises(ConfigError, match=r"expected \d+ entries at this density, got \d+"):
+    with pytest.raises(ConfigError, match=r"density: expected 0\.05 as in the run"):
         train(configure(resume=True, density=0.01))
 
 
@@ -279,27 +274,6 @@ def test_ctrl_c_stops_the_command_with_a_checkpoint(configure: Configure) -> Non
     assert any(config.checkpoints.glob("checkpoint-*"))
 
 
-def configuration(base: Path, directory: Path) -> Configure:
-    data = directory / "data.jsonl"
-    lines = [{"prompt": f"{a}+", "completion": f"is {a * 3}"} for a in range(10)]
-    data.write_text("\n".join(map(json.dumps, lines)))
-    settings = {
-        "base": str(base),
-        "data": data,
-        "out": directory / "out" / "sums.safetensors",
-        "density": 0.05,
-        "max_steps": 10,
-        "batch_size": 4,
-        "learning_rate": 1e-2,
-        "reselect_every": 4,
-        "selection_steps": 2,
-        "schedule": "constant",  # the last updates count as much as the first
-        "compute_dtype": "float32",
-        "device": "cpu",
-    }
-    return lambda **changes: TrainConfig(**{**settings, **changes})
-
-
 class Stop(TrainerCallback):
     """End a run after its first update."""
 
@@ -307,17 +281,12 @@ class Stop(TrainerCallback):
         control.should_training_stop = True
 
 
-def first_gradients(config: TrainConfig, base_directory: Path) -> dict[str, torch.Tensor]:
+def first_gradients(config: TrainConfig) -> dict[str, torch.Tensor]:
     """Return every layer's candidate sums after one update in which all weights are candidates."""
-    base = loop.load_base(
-        str(base_directory), device=torch.device("cpu"), compute_dtype=torch.float32, fused=False
-    )
-    model = SparseModel(base, density=0.5, seed=0)
-    examples = read_examples(config.data, base.tokenizer, max_length=config.max_length)
-    trainer, _, _ = build(model, examples, config)
-    trainer.add_callback(Stop())
-    trainer.train()
-    return {name: c.total for name, c in trainer.reselection.selector.candidates.items()}
+    run = Trainer(config)
+    run._loop.add_callback(Stop())
+    run.train()
+    return {name: c.total for name, c in run._loop.recorder.selector.candidates.items()}
 
 
 def assert_same_deltas(a: Result, b: Result) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from spieldose_trainer.updater import SparseAdamW
+from spieldose_trainer.updaters.adamw import SparseAdamW
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 3.0])

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from spieldose_trainer.candidates import Candidates
+from spieldose_trainer.selectors.candidates import Candidates
 
 SHAPE = (5, 6)
 COUNT = 8  # candidates

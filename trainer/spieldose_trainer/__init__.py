@@ -1,1 +1,1 @@
-"""Fine-tune a sparse set of a 4-bit model's weights and write it as a small delta file."""
+"""Fine-tune a sparse set of a model's weights and write it as a small delta file."""

@@ -1,89 +1,138 @@
-"""What happens between updates: reselection, the progress bar, and a clean stop on Ctrl-C."""
+"""What happens between updates: the selector's turn, the record, the bar, and a clean stop."""
 
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from spieldose_trainer.selector import AccumulatedGradients
+from spieldose_trainer.run_log import Reselection, RunLog, Update
+from spieldose_trainer.selectors.selector import Selector
 
-SELECTOR_STATE = "selector.pt"
 
+class Recorder(TrainerCallback):
+    """Give the selector its turns, and record what every update did."""
 
-class Reselection(TrainerCallback):
-    """Tell the selector when updates begin and end; keep its state with every checkpoint."""
-
-    def __init__(self, selector: AccumulatedGradients) -> None:
+    def __init__(self, selector: Selector, *, entries: int) -> None:
         self.selector = selector
-        self.replaced = 0  # by the latest update
+        self.log = RunLog()
+        self._entries = entries  # in the support
+        self._tokens = 0  # of the running update
+        self._started = 0.0
+        self._learning_rate = 0.0
 
     def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Open the next update."""
+        self._tokens, self._started = 0, time.perf_counter()
+        self._learning_rate = kwargs["optimizer"].param_groups[0]["lr"]
         self.selector.begin_update(state.global_step + 1)
+
+    def count(self, tokens: int) -> None:
+        """Count a forward pass's tokens."""
+        self._tokens += tokens
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Close the update that has just moved the values."""
-        self.replaced = self.selector.end_update(state.global_step)
+        if replaced := self.selector.end_update(state.global_step):
+            self.log.append(
+                Reselection(
+                    update=state.global_step,
+                    replaced=replaced,
+                    entries=self._entries,
+                    lost=self.selector.lost,
+                )
+            )
 
-    def on_save(
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Record the update; its loss is known only now, as the mean over all processes."""
+        if (loss := kwargs["logs"].get("loss")) is not None:
+            self.log.append(
+                Update(
+                    number=state.global_step,
+                    loss=float(loss),
+                    learning_rate=self._learning_rate,
+                    seconds=time.perf_counter() - self._started,
+                    tokens=self._tokens,
+                )
+            )
+
+
+class Evaluating(TrainerCallback):
+    """Ask for evaluations, and end the run when they have stopped getting better."""
+
+    def __init__(self, log: RunLog, *, every: int, patience: int | None) -> None:
+        self._log = log
+        self._every = every
+        self._patience = patience
+
+    def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Save the selector beside the optimizer."""
-        directory = Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
-        torch.save(self.selector.state_dict(), directory / SELECTOR_STATE)
+        """Ask for an evaluation every so many updates and after the last."""
+        if state.global_step % self._every == 0 or state.global_step == state.max_steps:
+            control.should_evaluate = True
 
-    def load(self, directory: Path) -> None:
-        """Go on from a checkpoint."""
-        state = torch.load(directory / SELECTOR_STATE, weights_only=True)
-        self.selector.load_state_dict(state)
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """End the run after as many evaluations without a lower loss as patience allows."""
+        if self._patience is None or "eval_loss" not in kwargs["logs"]:
+            return
+        losses = [evaluation.loss for evaluation in self._log.evaluations]
+        since_best = len(losses) - 1 - losses.index(min(losses))
+        if since_best >= self._patience:
+            control.should_training_stop = True
 
 
 class Progress(TrainerCallback):
-    """Show loss, time per update and positions replaced on one line."""
+    """Show loss, learning rate, time, speed and churn on one line."""
 
-    def __init__(self, reselection: Reselection) -> None:
-        self.reselection = reselection
-        self.losses: list[float] = []
+    def __init__(self, log: RunLog) -> None:
+        self._log = log
         self._bar: tqdm[Any] | None = None
-        self._started = 0.0
-        self._replaced = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Open the bar where a resumed run stands."""
-        self._bar = tqdm(total=state.max_steps, initial=state.global_step, unit="update")
-        self._started = time.perf_counter()
+        self._bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            unit="update",
+            disable=not state.is_world_process_zero,
+        )
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Advance by the update just logged."""
-        loss = kwargs["logs"].get("loss")
-        if loss is None or self._bar is None:
+        """Advance by the update just recorded."""
+        if self._bar is None or "loss" not in kwargs["logs"]:
             return
-        self.losses.append(float(loss))
-        self._replaced = self.reselection.replaced or self._replaced
-        now = time.perf_counter()
-        self._bar.set_postfix(
-            loss=f"{loss:.4f}",
-            step=f"{now - self._started:.2f}s",
-            replaced=f"{self._replaced:,}",
-            refresh=False,
-        )
+        update = self._log.updates[-1]
+        shown = {
+            "loss": f"{update.loss:.4f}",
+            "lr": f"{update.learning_rate:.1e}",
+            "step": f"{update.seconds:.2f}s",
+            "tokens/s": f"{update.tokens / update.seconds:.0f}",
+        }
+        if self._log.reselections:
+            last = self._log.reselections[-1]
+            shown["churn"] = f"{last.replaced / last.entries:.0%}"
+        if self._log.evaluations:
+            shown["held out"] = f"{self._log.evaluations[-1].loss:.4f}"
+        self._bar.set_postfix(shown, refresh=False)
         self._bar.update(1)
-        self._started = now
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -109,7 +158,10 @@ class StopOnInterrupt(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take SIGINT as a request to stop while the block runs."""
+        """Take SIGINT as a request to stop while the block runs, in the main thread."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # signals are not delivered to others
+            return
         previous = signal.signal(signal.SIGINT, self._request)
         try:
             yield

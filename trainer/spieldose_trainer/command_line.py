@@ -13,7 +13,7 @@ def train(arguments: Sequence[str]) -> None:
     from spieldose_kernels.quiet import quiet_libraries
 
     quiet_libraries()
-    from spieldose_trainer.loop import train as run
+    from spieldose_trainer.trainer import train as run
 
     result = run(config)
     size = result.file.stat().st_size

@@ -1,81 +1,159 @@
 """Every setting of a training run; the command line is derived from this one dataclass."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from spieldose_trainer.errors import ConfigError
+from spieldose_trainer.methods import (
+    DENSITIES,
+    LEARNING_RATES,
+    METHODS,
+    PERIODS,
+    MethodName,
+    SelectorName,
+    UpdaterName,
+    check_pair,
+)
 
-Method = Literal["spiel-ag"]
+SPIEL = ("gradients", "momentum")  # the selectors that replace a falling share of the support
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """Hold the settings that a method has values of its own for."""
+
+    selector: SelectorName
+    updater: UpdaterName
+    density: float
+    learning_rate: float
+    reselect_every: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """Fine-tune a sparse set of weights over a frozen 4-bit base and write a delta file."""
+    """Fine-tune a sparse set of weights over a frozen base and write a delta file.
+
+    Settings that default to the method's own are read from `choice`.
+    """
 
     base: str  # directory or hub name of the base model
     data: Path  # JSONL with `prompt` and `completion`, or with `messages`
-    out: Path  # delta file to write, NAME.safetensors
-    method: Method = "spiel-ag"  # which weights, and how they move
-    density: float = 0.01  # share of the target layers' weights that may change
+    out: Path  # delta file to write, NAME.safetensors; NAME.run beside it holds the report
+    method: MethodName = "spiel-ag"  # which weights, and how they move
+    selector: SelectorName | None = None  # which weights
+    updater: UpdaterName | None = None  # how they move
+    density: float | None = None  # share of the target layers' weights that may change: 1 %, zo 0.1
+    modules: tuple[str, ...] = ()  # target layers by ends of their names, as q_proj; none: all
+    quantised: bool = True  # the base is in NF4; otherwise as it was saved, in the compute dtype
+    value_dtype: Literal["float32", "bfloat16"] = "float32"  # of the values in the delta file
 
     epochs: float = 1.0  # passes over the data; ignored with --max-steps
     max_steps: int | None = None  # number of updates
     batch_size: int = 8  # examples per forward pass
     accumulation: int = 1  # forward passes per update
-    max_length: int = 1024  # tokens; longer examples are refused
-    learning_rate: float = 1e-3  # peak; the paper's grid for 7B is 3e-6 to 1e-4
+    max_length: int = 1024  # tokens of an example
+    too_long: Literal["refuse", "truncate"] = "refuse"  # what happens to a longer example
+    packing: bool = False  # several examples in a row of max_length, none of which sees another
+    learning_rate: float | None = None  # peak
     warmup: float = 0.03  # share of the updates over which the learning rate rises
     schedule: Literal["linear", "cosine", "constant"] = "linear"  # learning rate after warm-up
     weight_decay: float = 0.0  # pulls deltas, not weights, to zero
+    clip: float | None = None  # largest norm of the values' gradient
+    gradient_checkpointing: bool = False  # recompute activations in backward: slower, leaner
 
-    reselect_every: int = 20  # updates from one reselection to the next (S)
+    eval_data: Path | None = None  # held-out examples, in the format of the data
+    eval_every: int = 100  # updates from one evaluation to the next; the last is evaluated, too
+    exact_match: bool = False  # also generate every held-out completion, and compare
+    patience: int | None = None  # evaluations without a lower loss after which the run ends
+
+    reselect_every: int | None = None  # updates from one change of support to the next (S)
     selection_steps: int = 5  # updates whose gradients decide a reselection (γ)
     initial_rate: float = (
         0.2  # share replaced by the second reselection; falls to 0 at the end (r0)
     )
     rate_schedule: Literal["linear", "cosine"] = "linear"  # how that share falls
+    drop: Literal["smallest", "least-changed"] = "smallest"  # |δ|, or since the last reselection
+    allocation: Literal["layer", "global"] = "layer"  # compare scores within layers or overall
+    fisher_data: Path | None = None  # text for the Fisher scores; none: the training data
+    fisher_samples: int = 64  # examples of it
+    rank: int = 128  # of the low-rank approximation: principal weights, CESGC
+    start: Literal["zero", "residual"] = "zero"  # first values: 0, or what NF4 rounded away
+    epsilon: float = 1e-3  # size of the zeroth-order perturbation
 
-    seed: int = 0  # of the first support and of the order of examples
+    seed: int = 0  # of supports, of perturbations and of the order of examples
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda when there is one
     checkpoint_every: int = 100  # updates
     resume: bool = False  # go on from the newest checkpoint beside OUT
+    plan: bool = False  # print what the run would train and need, and end
     description: str = ""  # one line about the adapter, kept in its file
 
     def __post_init__(self) -> None:
-        if self.out.suffix != ".safetensors":
-            raise ConfigError(f"out must end in .safetensors, got {self.out}")
-        for name in ("density", "learning_rate"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ConfigError(
-                    f"{name} must be above 0 and at most 1, got {getattr(self, name)}"
-                )
-        for name in ("warmup", "initial_rate"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
-        for name in (
-            "batch_size",
-            "accumulation",
-            "max_length",
-            "selection_steps",
-            "checkpoint_every",
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.epochs > 0 or (self.max_steps is not None and self.max_steps < 1):
-            raise ConfigError(
-                f"epochs and max_steps must be positive, got {self.epochs}, {self.max_steps}"
-            )
-        if not self.weight_decay >= 0:
-            raise ConfigError(f"weight_decay must not be negative, got {self.weight_decay}")
-        if self.reselect_every <= self.selection_steps:
+        choice = self.choice
+        check_pair(choice.selector, choice.updater)
+        for names, is_right, expected in _RULES:
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and not is_right(value):
+                    raise ConfigError(f"{name} must be {expected}, got {value}")
+        if choice.selector in SPIEL and choice.reselect_every <= self.selection_steps:
             raise ConfigError(
                 f"reselect_every must exceed selection_steps ({self.selection_steps}), "
-                f"got {self.reselect_every}"
+                f"got {choice.reselect_every}"
             )
+        if self.patience is not None and self.eval_data is None:
+            raise ConfigError("patience needs eval_data, got none")
+        if self.start == "residual" and not self.quantised:
+            raise ConfigError("start=residual needs a quantised base: another one rounded nothing")
+
+    @property
+    def folder(self) -> Path:
+        """Return the directory of the run: its report, and its checkpoints while it is running."""
+        return self.out.with_suffix(".run")
 
     @property
     def checkpoints(self) -> Path:
-        """Return the directory of this run's checkpoints."""
-        return self.out.with_name(f"{self.out.stem}.checkpoints")
+        """Return the directory of the run's checkpoints."""
+        return self.folder / "checkpoints"
+
+    @property
+    def best(self) -> Path:
+        """Return the file of the deltas whose held-out loss was lowest so far."""
+        return self.folder / "best.safetensors"
+
+    @property
+    def choice(self) -> Choice:
+        """Return the settings that depend on the method, with its own where none is given."""
+        method = METHODS[self.method]
+        selector, updater = self.selector or method.selector, self.updater or method.updater
+        return Choice(
+            selector=selector,
+            updater=updater,
+            density=DENSITIES[updater] if self.density is None else self.density,
+            learning_rate=(
+                LEARNING_RATES[updater] if self.learning_rate is None else self.learning_rate
+            ),
+            reselect_every=self.reselect_every or PERIODS.get(selector, 1),
+        )
+
+    def settings(self) -> dict[str, str]:
+        """Return every setting as text, as it takes effect."""
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: str(value) for name, value in (own | asdict(self.choice)).items()}
+
+
+_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("out", lambda path: path.suffix == ".safetensors", "NAME.safetensors"),
+    ("density learning_rate", lambda x: 0 < x <= 1, "above 0 and at most 1"),
+    ("warmup initial_rate", lambda x: 0 <= x <= 1, "between 0 and 1"),
+    (
+        "batch_size accumulation max_length selection_steps checkpoint_every max_steps "
+        "eval_every patience reselect_every fisher_samples rank",
+        lambda x: x >= 1,
+        "at least 1",
+    ),
+    ("epochs epsilon clip", lambda x: x > 0, "positive"),
+    ("weight_decay", lambda x: x >= 0, "0 or more"),
+)

@@ -4,6 +4,8 @@ SpieldoseError
 └── TrainerError
     ├── ConfigError     a setting is out of range
     ├── DataError       a line of the data cannot be used
+    ├── NonFiniteLoss   the loss is infinite or not a number; the last checkpoint is good
+    ├── CheckpointError a checkpoint cannot be written; the one before it is intact
     └── Interrupted     stopped on request; a checkpoint is there to resume from
 """
 
@@ -20,6 +22,14 @@ class ConfigError(TrainerError):
 
 class DataError(TrainerError):
     """A line of the training data cannot be used."""
+
+
+class NonFiniteLoss(TrainerError):
+    """The loss is infinite or not a number."""
+
+
+class CheckpointError(TrainerError):
+    """A checkpoint cannot be written."""
 
 
 class Interrupted(TrainerError):

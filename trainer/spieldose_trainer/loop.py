@@ -1,144 +1,173 @@
-"""A training run from configuration to delta file, on Hugging Face Trainer."""
+"""Hugging Face's Trainer, taught what a sparse run needs: its checkpoints, its steps, its looks."""
 
-import dataclasses
-import math
-import shutil
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
+import torch
+from safetensors import SafetensorError
+from transformers import Trainer as HuggingFaceTrainer
+from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
 
-from spieldose_kernels.base import load_base, pick_compute_dtype, pick_device
+from spieldose_kernels.base import pick_device
 from spieldose_kernels.delta_file import write_delta
-from spieldose_trainer.callbacks import Progress, Reselection, StopOnInterrupt
+from spieldose_trainer.callbacks import Recorder
 from spieldose_trainer.config import TrainConfig
-from spieldose_trainer.data import Example, collate, read_examples
-from spieldose_trainer.errors import ConfigError, Interrupted
+from spieldose_trainer.data import Example
+from spieldose_trainer.errors import CheckpointError, NonFiniteLoss
+from spieldose_trainer.evaluation import evaluate
 from spieldose_trainer.model import SparseModel
-from spieldose_trainer.schedule import ReselectionSchedule
-from spieldose_trainer.selector import AccumulatedGradients
-from spieldose_trainer.updater import SparseAdamW
+from spieldose_trainer.run_log import Evaluation
+from spieldose_trainer.updaters.updater import Updater
+from spieldose_trainer.updaters.zeroth_order import ZerothOrder
+
+DELTA = "delta.safetensors"  # in a checkpoint, beside what Hugging Face's Trainer writes there
+RUN_STATE = "run.pt"
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Result:
-    """Hold what a finished run leaves behind."""
+class Loop(HuggingFaceTrainer):
+    """Checkpoint the support and its values instead of the frozen base, and judge by them."""
 
-    file: Path
-    losses: list[float]  # per update of this process
-    model: SparseModel
+    def __init__(
+        self,
+        *,
+        model: SparseModel,
+        updater: Updater,
+        recorder: Recorder,
+        held_out: Sequence[Example],
+        config: TrainConfig,
+        pad: int,
+        **arguments: Any,
+    ) -> None:
+        super().__init__(model=model, optimizers=(updater, None), **arguments)
+        self.sparse_model = model
+        self.updater = updater
+        self.recorder = recorder
+        self._held_out = held_out
+        self._config = config
+        self._pad = pad
 
-
-def train(config: TrainConfig) -> Result:
-    """Train an adapter and write its delta file.
-
-    Raises ConfigError, DataError or BaseError before the first update, Interrupted after Ctrl-C.
-    """
-    checkpoint = _checkpoint_to_resume(config)
-    device = pick_device(config.device)
-    dtype = pick_compute_dtype(config.compute_dtype, device)
-    base = load_base(config.base, device=device, compute_dtype=dtype, fused=False)
-    examples = read_examples(config.data, base.tokenizer, max_length=config.max_length)
-    model = SparseModel(base, density=config.density, seed=config.seed)
-    trainer, stop, progress = build(model, examples, config)
-    with stop.listening():
-        trainer.run(checkpoint)
-    step = trainer.state.global_step
-    if stop.requested and step < trainer.state.max_steps:
-        raise Interrupted(
-            f"stopped after update {step} of {trainer.state.max_steps}; "
-            "the same command with --resume goes on from there"
-        )
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    settings = {
-        field.name: str(getattr(config, field.name)) for field in dataclasses.fields(config)
-    }
-    adapter = model.adapter(method=config.method, description=config.description, settings=settings)
-    if trainer.is_world_process_zero():
-        write_delta(config.out, adapter)
-        shutil.rmtree(config.checkpoints, ignore_errors=True)
-    return Result(config.out, progress.losses, model)
-
-
-def build(
-    model: SparseModel, examples: Sequence[Example], config: TrainConfig
-) -> tuple["_SparseTrainer", StopOnInterrupt, Progress]:
-    """Put updater, selector and callbacks under a Hugging Face Trainer."""
-    arguments = _arguments(config)
-    per_update = config.batch_size * config.accumulation * arguments.world_size
-    updates = config.max_steps or math.ceil(config.epochs * math.ceil(len(examples) / per_update))
-    arguments.max_steps = updates
-    arguments.warmup_steps = math.ceil(config.warmup * updates)
-    parameters = [layer.values for layer in model.layers.values()]
-    updater = SparseAdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    schedule = ReselectionSchedule(
-        every=config.reselect_every,
-        steps=config.selection_steps,
-        initial_rate=config.initial_rate,
-        decay=config.rate_schedule,
-        total=updates,
-    )
-    selector = AccumulatedGradients(
-        model.layers, model.base.spec.shapes, updater=updater, schedule=schedule
-    )
-    reselection, stop = Reselection(selector), StopOnInterrupt()
-    progress = Progress(reselection)
-    tokenizer = model.base.tokenizer
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    trainer = _SparseTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=list(examples),
-        data_collator=partial(collate, pad=pad),
-        optimizers=(updater, None),
-        callbacks=[reselection, progress, stop],
-        reselection=reselection,
-    )
-    trainer.remove_callback(PrinterCallback)  # the progress bar shows what it would print
-    return trainer, stop, progress
-
-
-class _SparseTrainer(Trainer):
-    """Checkpoint the support and its values instead of the frozen base."""
-
-    def __init__(self, *, reselection: Reselection, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self.reselection = reselection
-
-    def run(self, checkpoint: str | None) -> None:
+    def run(self, checkpoint: Path | None) -> None:
         """Train to the last update, from a checkpoint if there is one."""
-        if checkpoint is not None:
-            saved = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
-            if saved.global_step >= self.args.max_steps:
-                self._load_from_checkpoint(checkpoint)  # `train` would make one update more
-                return
-        self.train(resume_from_checkpoint=checkpoint)
+        if checkpoint is None:
+            if self._held_out:
+                self.evaluate()  # what there is to improve on
+            self.train()
+            return
+        self._load_run_state(checkpoint)
+        saved = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        if saved.global_step < self.args.max_steps:  # else `train` would make one update more
+            self.train(resume_from_checkpoint=str(checkpoint))
+        else:
+            self.state = saved
+
+    def training_step(
+        self, model: Any, inputs: Any, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Make one forward pass and its backward pass, or two forward passes in zeroth order."""
+        mask = inputs.get("attention_mask")
+        self.recorder.count(inputs["labels"].numel() if mask is None else int(mask.sum()))
+        if isinstance(self.updater, ZerothOrder):
+            loss = self._two_forward_passes(model, inputs, num_items_in_batch)
+        else:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise NonFiniteLoss(
+                f"update {self.state.global_step + 1}: expected a finite loss, got {float(loss)}; "
+                "try a lower learning_rate"
+            )
+        return loss
+
+    @torch.no_grad()
+    def _two_forward_passes(self, model: Any, inputs: Any, num_items_in_batch: Any) -> torch.Tensor:
+        assert isinstance(self.updater, ZerothOrder)
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        losses = torch.zeros(2, dtype=torch.float64)
+        for i, sign in enumerate((1, -1)):
+            with self.updater.perturbed(sign):
+                loss: Any = self.compute_loss(
+                    model, dict(inputs), num_items_in_batch=num_items_in_batch
+                )
+            losses[i] = loss
+        if num_items_in_batch is None:
+            losses /= self.current_gradient_accumulation_steps
+        self.updater.observe(*losses.tolist())
+        return losses.mean().float()
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Measure the held-out examples and remember the best deltas."""
+        found = evaluate(
+            self.sparse_model.model,
+            self._held_out,
+            tokenizer=self.sparse_model.base.tokenizer,
+            pad=self._pad,
+            batch_size=self._config.batch_size,
+            exact_match=self._config.exact_match,
+        )
+        record = Evaluation(
+            update=self.state.global_step, loss=found.loss, exact_match=found.exact_match
+        )
+        metrics = {"eval_loss": found.loss}
+        if found.exact_match is not None:
+            metrics["eval_exact_match"] = found.exact_match
+        earlier = [evaluation.loss for evaluation in self.recorder.log.evaluations]
+        self.recorder.log.append(record)
+        if self.args.should_save and found.loss < min(earlier, default=float("inf")):
+            self._config.folder.mkdir(parents=True, exist_ok=True)
+            write_delta(self._config.best, self.sparse_model.adapter(method="checkpoint"))
+        self.log(dict(metrics))
+        return metrics
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise CheckpointError(
+                f"update {self.state.global_step}: expected to write a checkpoint to "
+                f"{self._config.checkpoints}, got: {str(error).splitlines()[0]}; "
+                "the one before it is left as it was"
+            ) from error
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        assert isinstance(self.model, SparseModel)
-        self.model.save_checkpoint(Path(output_dir or str(self.args.output_dir)))
+        directory = Path(output_dir or str(self.args.output_dir))
+        directory.mkdir(parents=True, exist_ok=True)
+        adapter = self.sparse_model.adapter(method="checkpoint", settings=self._config.settings())
+        write_delta(directory / DELTA, adapter)
+        state = {
+            "selector": self.recorder.selector.state_dict(),
+            "log": self.recorder.log.state_dict(),
+            "born": {name: layer.born for name, layer in self.sparse_model.layers.items()},
+        }
+        torch.save(state, directory / RUN_STATE)
+
+    def _load_run_state(self, directory: Path) -> None:
+        state = torch.load(directory / RUN_STATE, weights_only=True)
+        self.recorder.selector.load_state_dict(state["selector"])
+        self.recorder.log.load_state_dict(state["log"])
+        for name, layer in self.sparse_model.layers.items():
+            layer.born.copy_(state["born"][name])
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        assert isinstance(self.model, SparseModel)
-        self.model.load_checkpoint(Path(resume_from_checkpoint))
-        self.reselection.load(Path(resume_from_checkpoint))
+        """Do nothing: the model was made from the checkpoint's delta."""
 
 
-def _arguments(config: TrainConfig) -> TrainingArguments:
+def training_arguments(config: TrainConfig) -> TrainingArguments:
+    """Return Hugging Face's settings of a run, apart from its number of updates."""
     on_cpu = pick_device(config.device).type == "cpu"
     scheduler = "constant_with_warmup" if config.schedule == "constant" else config.schedule
     return TrainingArguments(
         output_dir=str(config.checkpoints),
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulation,
-        learning_rate=config.learning_rate,
+        learning_rate=config.choice.learning_rate,
         lr_scheduler_type=scheduler,
-        max_grad_norm=0.0,  # the selector's gradients are not clipped, so the updater's are not
+        max_grad_norm=config.clip or 0.0,  # 0: never
+        activation_checkpointing=config.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
         logging_steps=1,
+        logging_nan_inf_filter=False,
         save_steps=config.checkpoint_every,
         save_total_limit=1,
         seed=config.seed,
@@ -148,13 +177,20 @@ def _arguments(config: TrainConfig) -> TrainingArguments:
         label_names=["labels"],
         report_to="none",
         disable_tqdm=True,
+        ddp_find_unused_parameters=False,
     )
 
 
-def _checkpoint_to_resume(config: TrainConfig) -> str | None:
-    found = get_last_checkpoint(str(config.checkpoints)) if config.checkpoints.is_dir() else None
-    if config.resume and found is None:
-        raise ConfigError(f"expected a checkpoint in {config.checkpoints} to resume from, got none")
-    if found is not None and not config.resume:
-        raise ConfigError(f"{found} holds an unfinished run: pass --resume, or delete it")
-    return found
+def newest_checkpoint(directory: Path) -> Path | None:
+    """Return the newest checkpoint that was written to its end, if there is one.
+
+    The Trainer's state is written last, so what a crash or a full disk cut short lacks it.
+    """
+    found = []
+    for path in directory.glob("checkpoint-*"):
+        try:
+            state = TrainerState.load_from_json(str(path / TRAINER_STATE_NAME))
+        except (OSError, ValueError):
+            continue
+        found.append((state.global_step, path))
+    return max(found)[1] if found else None

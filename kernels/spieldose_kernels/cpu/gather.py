@@ -88,7 +88,7 @@ def _many(x, y, tokens, delta):
     """Multiply up to BLOCK tokens, row by row."""
     wide, slice_starts, rows, columns, values = delta
     tile = np.zeros((x.shape[1], BLOCK), np.float32)
-    _load(x, tokens, tile)
+    load(x, tokens, tile)
     sums = np.zeros((y.shape[1], BLOCK), np.float32)
     flat_columns, flat_values = columns.ravel(), values.ravel()
     for place in range(rows.size):
@@ -100,11 +100,11 @@ def _many(x, y, tokens, delta):
             first, step = slice_starts[s] * LANES + lane, LANES
             count = slice_starts[s + 1] - slice_starts[s]
         dot_tokens(flat_values, flat_columns, tile, first, step, count, sums[rows[place]])
-    _store(sums, tokens, y)
+    store(sums, tokens, y)
 
 
 @compiled
-def _load(x, tokens, tile):
+def load(x, tokens, tile):
     """Write the tokens' activations as columns of the tile."""
     width, whole = x.shape[1], tokens.size // LANES * LANES
     for c in range(0, width // LANES * LANES, LANES):
@@ -116,7 +116,7 @@ def _load(x, tokens, tile):
 
 
 @compiled
-def _store(sums, tokens, y):
+def store(sums, tokens, y):
     """Add the columns of sums to the tokens' outputs."""
     height, whole = y.shape[1], tokens.size // LANES * LANES
     for r in range(0, height // LANES * LANES, LANES):

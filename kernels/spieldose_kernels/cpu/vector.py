@@ -81,6 +81,51 @@ def dot_tokens(
 
 
 @intrinsic
+def back_tokens(
+    _: Any,
+    values: Any,
+    columns: Any,
+    tile: Any,
+    dy: Any,
+    first: Any,
+    count: Any,
+    dtile: Any,
+    dvalues: Any,
+) -> Any:
+    """Go back over one row's entries e = first + k, k < count, for BLOCK tokens.
+
+    Adds values[e]·dy[t] to dtile[columns[e], t], and Σ_t dy[t]·tile[columns[e], t] to dvalues[e].
+    tile and dtile are [C, BLOCK], dy is [BLOCK], all float32.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        value_data, column_data, tile_data, dy_data, dtile_data, dvalue_data = (
+            _data(context, builder, signature, arguments, i) for i in (0, 1, 2, 3, 6, 7)
+        )
+        parts = range(0, BLOCK, LANES)
+        upstream = [_vector(builder, dy_data, _INDEX(i)) for i in parts]
+        with cgutils.for_range(builder, arguments[5]) as loop:
+            entry = builder.add(arguments[4], loop.index)
+            value = _splat(builder, _element(builder, value_data, entry))
+            column = builder.zext(_element(builder, column_data, entry), _INDEX)
+            start = builder.mul(column, _INDEX(BLOCK))
+            total = _zeros()
+            for i, gradient in zip(parts, upstream, strict=True):
+                at = builder.add(start, _INDEX(i))
+                taken = builder.fmul(gradient, _vector(builder, tile_data, at), flags=_FAST)
+                total = builder.fadd(total, taken, flags=_FAST)
+                given = builder.fmul(gradient, value, flags=_FAST)
+                after = builder.fadd(_vector(builder, dtile_data, at), given, flags=_FAST)
+                builder.store(after, _pointer(builder, dtile_data, at), align=4)
+            target = builder.gep(dvalue_data, [entry])
+            builder.store(builder.fadd(builder.load(target), _sum(builder, total)), target)
+        return context.get_dummy_value()
+
+    numbers = types.int64, types.int64
+    return types.void(values, columns, tile, dy, *numbers, dtile, dvalues), generate
+
+
+@intrinsic
 def load_block(_: Any, x: Any, tokens: Any, t: Any, c: Any, tile: Any) -> Any:
     """Write tile[c + j, t + i] = x[tokens[t + i], c + j] for i, j < 16."""
 
@@ -145,6 +190,14 @@ def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
                 exchanged[i + step] = builder.shuffle_vector(*pair, _mask(give))
         rows = exchanged
     return rows
+
+
+def _sum(builder: Any, vector: Any) -> Any:
+    """Return the sum of a vector's lanes, by adding its halves."""
+    for half in (8, 4, 2, 1):
+        swapped = builder.shuffle_vector(vector, vector, _mask([i ^ half for i in range(LANES)]))
+        vector = builder.fadd(vector, swapped, flags=_FAST)
+    return builder.extract_element(vector, _LANE(0))
 
 
 def _mask(lanes: list[int]) -> Any:

@@ -27,9 +27,13 @@ class ReselectionSchedule:
         """Say whether this update's gradients count for the next reselection."""
         return 1 <= update % self.every <= self.steps
 
-    def closes_phase(self, update: int) -> bool:
-        """Say whether the support changes after this update."""
+    def due(self, update: int) -> bool:
+        """Say whether the support changes after this update, the last of a phase."""
         return update % self.every == self.steps
+
+    def number(self, update: int) -> int:
+        """Return which phase this update belongs to, counted from 1."""
+        return (update - 1) // self.every + 1
 
     def rate(self, update: int) -> float:
         """Return the share of the support to replace after this update; none after the last."""
@@ -39,3 +43,19 @@ class ReselectionSchedule:
         if self.decay == "linear":
             return self.initial_rate * (1 - progress)
         return self.initial_rate * (1 + math.cos(math.pi * progress)) / 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefreshSchedule:
+    """Change the support after every S updates; never after the last, nothing would train it."""
+
+    every: int  # S
+    total: int  # T
+
+    def due(self, update: int) -> bool:
+        """Say whether the support changes after this update."""
+        return update % self.every == 0 and update < self.total
+
+    def number(self, update: int) -> int:
+        """Return which change that is, counted from 1."""
+        return update // self.every

@@ -1,12 +1,14 @@
-"""How the values at the support move: AdamW in which every value has its own age."""
+"""AdamW in which every value has its own age."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, overload
 
 import torch
 
+from spieldose_trainer.updaters.updater import Updater
 
-class SparseAdamW(torch.optim.Optimizer):
+
+class SparseAdamW(Updater):
     """Update deltas with Adam, bias-corrected by each value's own number of gradients seen.
 
     A value grown in the middle of a run starts young (`seed`), so its first steps are as well

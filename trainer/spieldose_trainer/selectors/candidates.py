@@ -1,20 +1,23 @@
 """Gradients of weights that may join the support, accumulated over one selection phase."""
 
 import torch
-import torch.distributed as dist
 
 from spieldose_kernels.delta import SparseDelta
 from spieldose_kernels.support_product import gradient_tiles, sampled_product
 from spieldose_kernels.top_k import TopK
+from spieldose_trainer.ranks import mean_over_ranks
+
+SPARE = 4  # running sums per candidate while the first update is not complete
 
 
 class Candidates:
     """Accumulate one layer's gradient at its most promising positions.
 
     The positions are the largest |dW| of the phase's whole first update, found tile by tile: a
-    dense dW never exists. With several forward passes per update, the running sums at the
-    positions kept so far are added to each pass's dW before the largest are kept again. Sums are
-    float32. Under data parallelism every rank sees the mean gradient, hence the same positions.
+    dense dW never exists. With several forward passes per update, running sums are kept at SPARE
+    times as many positions until its end: a position is missed only if it is not even among those
+    after some pass. Sums are float32. Under data parallelism every rank sees the mean gradient,
+    hence the same positions.
     """
 
     def __init__(self, shape: tuple[int, int], *, count: int) -> None:
@@ -42,20 +45,24 @@ class Candidates:
     def finish_update(self) -> None:
         """Count the gradient gathered since the last call as one sample."""
         if self.samples == 0:
+            largest = TopK(self.count)
+            largest.show(self._update, first=0)
+            chosen, self._update = largest.largest()
+            self.positions = self.positions[chosen]
             self.total = torch.zeros_like(self._update)
             self.total_square = torch.zeros_like(self._update)
             self._support = SparseDelta.from_flat(self.positions, self._update, shape=self.shape)
         else:
-            _mean_over_ranks(self._update)
+            mean_over_ranks(self._update)
         self.total += self._update
         self.total_square += self._update.square()
         self._update.zero_()
         self.samples += 1
 
     def _choose(self, x: torch.Tensor, dy: torch.Tensor) -> None:
-        largest = TopK(self.count)
+        largest = TopK(SPARE * self.count)
         for row, tile in gradient_tiles(dy, x):
-            gradient, first = _mean_over_ranks(tile.float()).flatten(), row * self.shape[1]
+            gradient, first = mean_over_ranks(tile.float()).flatten(), row * self.shape[1]
             if self.positions.numel():
                 ends = self.positions.new_tensor([first, first + gradient.numel()])
                 inside = slice(*torch.searchsorted(self.positions, ends).tolist())
@@ -79,10 +86,3 @@ class Candidates:
         self.samples = int(state["samples"])
         self._update = torch.zeros_like(self.total)
         self._support = SparseDelta.from_flat(self.positions, self._update, shape=self.shape)
-
-
-def _mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(tensor)
-        tensor /= dist.get_world_size()
-    return tensor

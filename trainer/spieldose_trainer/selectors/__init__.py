@@ -1,0 +1,1 @@
+"""Which weights are in the support, and when that changes."""

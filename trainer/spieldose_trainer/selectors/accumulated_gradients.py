@@ -1,0 +1,102 @@
+"""SpIEL-AG: entries join the support by their accumulated gradients."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from spieldose_trainer.selectors.candidates import Candidates
+from spieldose_trainer.selectors.spiel import Spiel
+from spieldose_trainer.support import flat_positions
+
+# candidates per support entry: at 1 the first update alone would decide the first reselection
+CANDIDATE_FACTOR = 2
+
+
+class AccumulatedGradients(Spiel):
+    """Drop the entries that changed least and grow where gradients are largest (arXiv 2401.16405).
+
+    It watches the layers' backward passes during selection phases only.
+    """
+
+    candidates: Mapping[str, Candidates] = {}  # empty outside a phase
+
+    def begin_update(self, update: int) -> None:
+        """Watch the backward passes of this update if it belongs to a selection phase."""
+        if not self.schedule.in_phase(update):
+            return
+        if self.schedule.opens_phase(update):
+            self.candidates = {name: self._candidates(name) for name in self.layers}
+        for name, watcher in self.candidates.items():
+            self.layers[name].probe = watcher.observe
+
+    def end_update(self, update: int) -> int:
+        """Close the update, after the values moved; return how many entries were replaced."""
+        for name, watcher in self.candidates.items():
+            self.layers[name].probe = None
+            watcher.finish_update()
+        replaced = super().end_update(update)
+        if self.schedule.due(update):
+            self.candidates = {}
+        return replaced
+
+    @torch.no_grad()
+    def reselect(self, name: str, update: int) -> int:
+        """Exchange a layer's entries, and start the newcomers' moments from the phase's means."""
+        layer, watcher = self.layers[name], self.candidates[name]
+        active = flat_positions(layer)
+        keep, grow = choose_exchange(
+            active,
+            self.changes(name),
+            watcher.positions,
+            watcher.total,
+            count=int(active.numel() * self.schedule.rate(update)),
+        )
+        grown = watcher.positions[grow]
+        newcomers = self.exchange(name, keep=keep, grown=grown, update=update)
+        self.updater.seed(
+            layer.values,
+            newcomers,
+            mean=watcher.total[grow] / watcher.samples,
+            mean_square=watcher.total_square[grow] / watcher.samples,
+            age=watcher.samples,
+        )
+        return grown.numel()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the running phase's sums too."""
+        sums = {name: watcher.state_dict() for name, watcher in self.candidates.items()}
+        return super().state_dict() | {"candidates": sums}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on in the middle of a phase."""
+        super().load_state_dict(state)
+        self.candidates = {name: self._candidates(name) for name in state["candidates"]}
+        for name, watcher in self.candidates.items():
+            watcher.load_state_dict(state["candidates"][name])
+
+    def _candidates(self, name: str) -> Candidates:
+        layer = self.layers[name]
+        return Candidates(layer.shape, count=CANDIDATE_FACTOR * layer.values.numel())
+
+
+def choose_exchange(
+    active: torch.Tensor,
+    changes: torch.Tensor,
+    candidates: torch.Tensor,
+    gradients: torch.Tensor,
+    *,
+    count: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (keep, grow): a mask over `active` [Z], and ascending indices into `candidates` [M].
+
+    The `count` smallest |change| are dropped, the `count` largest |gradient| outside the survivors
+    grown; a position in both sets is kept untouched. Positions are flat and ascending.
+    """
+    keep = torch.ones(active.numel(), dtype=torch.bool, device=active.device)
+    keep[changes.abs().topk(count, largest=False).indices] = False
+    score = gradients.abs().masked_fill(torch.isin(candidates, active[keep]), -1.0)
+    grow = score.topk(count).indices.sort().values
+    both = torch.isin(candidates[grow], active[~keep])
+    keep |= torch.isin(active, candidates[grow][both])
+    return keep, grow[~both]

@@ -1,0 +1,185 @@
+"""A training run from its settings to its delta file."""
+
+import math
+import shutil
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback
+
+from spieldose_kernels.base import Base, load_base, pick_compute_dtype, pick_device
+from spieldose_kernels.checkpoint import find_checkpoint, target_shapes
+from spieldose_kernels.delta import Adapter
+from spieldose_kernels.delta_file import read_delta, write_delta
+from spieldose_trainer.callbacks import Evaluating, Progress, Recorder, StopOnInterrupt
+from spieldose_trainer.config import TrainConfig
+from spieldose_trainer.data import Examples, collate, read_examples
+from spieldose_trainer.errors import ConfigError, Interrupted
+from spieldose_trainer.loop import DELTA, Loop, newest_checkpoint, training_arguments
+from spieldose_trainer.model import SparseModel
+from spieldose_trainer.modules import select_modules
+from spieldose_trainer.packing import check_separation, collate_packed, pack
+from spieldose_trainer.parts import first_support, make_selector, make_updater
+from spieldose_trainer.run_log import RunLog
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Hold what a finished run leaves behind."""
+
+    file: Path
+    log: RunLog
+    model: SparseModel
+
+    @property
+    def losses(self) -> list[float]:
+        """Return the loss of every update, those before a resumption included."""
+        return [update.loss for update in self.log.updates]
+
+
+class Trainer:
+    """Train an adapter: `Trainer(config).train()`, then `save()`.
+
+    Making one reads the data and loads the base: it raises ConfigError, DataError or BaseError.
+    """
+
+    def __init__(self, config: TrainConfig, *, base: Base | None = None) -> None:
+        self.config = config
+        self._checkpoint = _checkpoint_to_resume(config)
+        directory = find_checkpoint(config.base)
+        shapes = select_modules(target_shapes(directory), config.modules)
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        self.examples = _read(config, config.data, tokenizer)
+        self.held_out = _read(config, config.eval_data, tokenizer)
+        self.base = base or _load(config)
+        if self._checkpoint is None:
+            texts = _read(config, config.fisher_data, tokenizer) or self.examples
+            support = first_support(
+                config, self.base, shapes=shapes, texts=texts[: config.fisher_samples]
+            )
+            self.model = SparseModel(self.base, support)
+        else:
+            self.model = SparseModel.of(self.base, _saved(config, self._checkpoint, self.base))
+        self._stop = StopOnInterrupt()
+        self._loop = self._assemble()
+
+    def train(self) -> Result:
+        """Train to the end; raises Interrupted after Ctrl-C, NonFiniteLoss or CheckpointError."""
+        with self._stop.listening():
+            self._loop.run(self._checkpoint)
+        step, last = self._loop.state.global_step, self._loop.args.max_steps
+        if self._stop.requested and step < last:
+            raise Interrupted(
+                f"stopped after update {step} of {last}; "
+                "the same command with --resume goes on from there"
+            )
+        return Result(self.config.out, self._loop.recorder.log, self.model)
+
+    def adapter(self) -> Adapter:
+        """Return the trained deltas: those of the lowest held-out loss, if there was any."""
+        config = self.config
+        if config.best.exists():
+            best = read_delta(config.best.read_bytes())
+            self.model.load(best)
+        return self.model.adapter(
+            method=config.method,
+            description=config.description,
+            settings=config.settings(),
+            dtype=getattr(torch, config.value_dtype),
+        )
+
+    def save(self) -> Path:
+        """Write the delta file and drop the checkpoints; return its path."""
+        if self._loop.is_world_process_zero():
+            self.config.out.parent.mkdir(parents=True, exist_ok=True)
+            write_delta(self.config.out, self.adapter())
+            shutil.rmtree(self.config.checkpoints, ignore_errors=True)
+            self.config.best.unlink(missing_ok=True)
+        return self.config.out
+
+    def _assemble(self) -> Loop:
+        """Put model, updater, selector and callbacks under a Hugging Face Trainer."""
+        config, tokenizer = self.config, self.base.tokenizer
+        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        rows: list[Any] = list(self.examples)
+        if config.packing:
+            check_separation(self.base.model)
+            rows = list(pack(self.examples, max_length=config.max_length, seed=config.seed))
+        arguments = training_arguments(config)
+        per_update = config.batch_size * config.accumulation * arguments.world_size
+        updates = config.max_steps or math.ceil(config.epochs * math.ceil(len(rows) / per_update))
+        arguments.max_steps = updates
+        arguments.warmup_steps = math.ceil(config.warmup * updates)
+        updater = make_updater(config, self.model.layers)
+        selector = make_selector(config, self.model, updater=updater, updates=updates)
+        entries = sum(layer.values.numel() for layer in self.model.layers.values())
+        recorder = Recorder(selector, entries=entries)
+        callbacks: list[Any] = [recorder, Progress(recorder.log), self._stop]
+        if self.held_out:
+            callbacks.append(
+                Evaluating(recorder.log, every=config.eval_every, patience=config.patience)
+            )
+        loop = Loop(
+            model=self.model,
+            updater=updater,
+            recorder=recorder,
+            held_out=self.held_out,
+            config=config,
+            pad=pad,
+            args=arguments,
+            train_dataset=rows,
+            data_collator=partial(collate_packed if config.packing else collate, pad=pad),
+            callbacks=callbacks,
+        )
+        loop.remove_callback(PrinterCallback)  # the progress bar shows what it would print
+        return loop
+
+
+def train(config: TrainConfig) -> Result:
+    """Train an adapter and write its delta file."""
+    trainer = Trainer(config)
+    result = trainer.train()
+    trainer.save()
+    return result
+
+
+def _load(config: TrainConfig) -> Base:
+    device = pick_device(config.device)
+    dtype = pick_compute_dtype(config.compute_dtype, device)
+    return load_base(
+        config.base, device=device, compute_dtype=dtype, fused=False, quantised=config.quantised
+    )
+
+
+def _read(config: TrainConfig, path: Path | None, tokenizer: PreTrainedTokenizerBase) -> Examples:
+    if path is None:
+        return Examples()
+    return read_examples(path, tokenizer, max_length=config.max_length, too_long=config.too_long)
+
+
+def _checkpoint_to_resume(config: TrainConfig) -> Path | None:
+    found = newest_checkpoint(config.checkpoints)
+    if config.resume and found is None:
+        raise ConfigError(f"expected a checkpoint in {config.checkpoints} to resume from, got none")
+    if found is not None and not config.resume:
+        raise ConfigError(f"{found} holds an unfinished run: pass --resume, or delete it")
+    return found
+
+
+def _saved(config: TrainConfig, checkpoint: Path, base: Base) -> Adapter:
+    """Return a checkpoint's deltas, if they were trained with the same settings."""
+    adapter = read_delta((checkpoint / DELTA).read_bytes(), base.spec)
+    for name, value in config.settings().items():
+        if name not in _MAY_CHANGE and adapter.info.settings.get(name) != value:
+            raise ConfigError(
+                f"{name}: expected {adapter.info.settings.get(name)} as in the run to resume, "
+                f"got {value}"
+            )
+    return adapter
+
+
+# settings that do not change what a run computes
+_MAY_CHANGE = {"resume", "checkpoint_every", "description", "out", "base", "data", "eval_data"}

@@ -1,0 +1,1 @@
+"""How the values at the support move."""
