@@ -6,7 +6,8 @@ SpieldoseError
     ├── DataError       a line of the data cannot be used
     ├── NonFiniteLoss   the loss is infinite or not a number; the last checkpoint is good
     ├── CheckpointError a checkpoint cannot be written; the one before it is intact
-    └── Interrupted     stopped on request; a checkpoint is there to resume from
+    ├── Interrupted     stopped on request; a checkpoint is there to resume from
+    └── ConversionError a foreign adapter cannot become a delta, or the other way round
 """
 
 from spieldose_kernels.errors import SpieldoseError
@@ -34,3 +35,7 @@ class CheckpointError(TrainerError):
 
 class Interrupted(TrainerError):
     """The run stopped on request and left a checkpoint."""
+
+
+class ConversionError(TrainerError):
+    """A foreign adapter or checkpoint cannot become a delta, or a delta a foreign adapter."""

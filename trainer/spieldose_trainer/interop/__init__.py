@@ -1,0 +1,1 @@
+"""Other projects' sparse adapters, full fine-tunes, and what a delta file holds."""

@@ -1,0 +1,56 @@
+"""The `spieldose convert`, `extract` and `inspect` commands."""
+
+import sys
+from collections.abc import Sequence
+
+import tyro
+
+from spieldose_trainer.interop.config import ConvertConfig, ExtractConfig, InspectConfig
+
+
+def convert(arguments: Sequence[str]) -> None:
+    """Turn a sparse PEFT adapter into a delta file, or a delta file into a PEFT adapter."""
+    config = tyro.cli(ConvertConfig, prog="spieldose convert", args=arguments)
+    from spieldose_kernels.quiet import quiet_libraries
+
+    quiet_libraries()
+    from spieldose_trainer.interop.convert import convert as run
+
+    adapter = run(config)
+    print(
+        f"{config.out}: {adapter.nnz:,} entries in {len(adapter.modules)} modules, "
+        f"{adapter.info.density:.2%} of the target weights"
+    )
+
+
+def extract(arguments: Sequence[str]) -> None:
+    """Make a delta file of the largest changes that a full fine-tune made to its base."""
+    config = tyro.cli(ExtractConfig, prog="spieldose extract", args=arguments)
+    from rich.console import Console
+
+    from spieldose_kernels.quiet import quiet_libraries
+
+    quiet_libraries()
+    from spieldose_trainer.interop.extract import extract as run
+    from spieldose_trainer.interop.extraction_report import kept_table, outside_warning
+
+    extraction = run(config)
+    Console(markup=False, highlight=False).print(kept_table(extraction))
+    size = config.out.stat().st_size
+    density = extraction.adapter.info.density
+    print(f"{config.out}: {density:.2%} of the target weights, {size / 1e6:.1f} MB")
+    if warning := outside_warning(extraction):
+        print(f"spieldose extract: {warning}", file=sys.stderr)
+
+
+def inspect(arguments: Sequence[str]) -> None:
+    """Check a delta file completely and print what it holds."""
+    config = tyro.cli(InspectConfig, prog="spieldose inspect", args=arguments)
+    from rich.console import Console
+
+    from spieldose_kernels.quiet import quiet_libraries
+
+    quiet_libraries()
+    from spieldose_trainer.interop.inspect import inspect as run
+
+    run(config, Console(markup=False, highlight=False))

@@ -1,0 +1,83 @@
+"""Adapters from one file format into another."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from spieldose_kernels.base_spec import BaseSpec
+from spieldose_kernels.checkpoint import checkpoint_spec
+from spieldose_kernels.delta import Adapter, AdapterInfo, SparseDelta
+from spieldose_trainer.errors import ConversionError
+from spieldose_trainer.interop import delta_path, sft, shira, super_tuning, wave_ft
+from spieldose_trainer.interop.config import ConvertConfig
+from spieldose_trainer.interop.peft_adapter import PeftAdapter, read_peft
+
+Reader = Callable[[PeftAdapter, BaseSpec], dict[str, SparseDelta]]
+
+
+@dataclass(frozen=True, slots=True)
+class PeftMethod:
+    """Name a method of PEFT's and say how its files are read."""
+
+    name: str  # the `method` of the delta file
+    read: Reader
+
+
+METHODS: Final = {  # by peft_type
+    "SHIRA": PeftMethod("shira", shira.read),
+    "SUPERTUNING": PeftMethod("super-tuning", super_tuning.read),
+    "WAVEFT": PeftMethod("waveft", wave_ft.read),
+    "SFT": PeftMethod("sft", sft.read),
+}
+
+
+def convert(config: ConvertConfig) -> Adapter:
+    """Read an adapter, write it in the other format, and return it.
+
+    Raises ConversionError, BaseError, or DeltaError if SOURCE is a delta file that is not one or
+    belongs to another base.
+    """
+    if config.source.is_dir():
+        source = read_peft(config.source)  # refused before the base is hashed
+        method = _method(source)
+        base = checkpoint_spec(config.base)
+        adapter = imported(source, base, method=method, description=config.description)
+    else:
+        adapter = delta_path.read(config.source, checkpoint_spec(config.base))
+    if config.target == "shira":
+        shira.write(adapter, config.out, base=config.base)
+    else:
+        delta_path.write(config.out, adapter)
+    return adapter
+
+
+def imported(
+    source: PeftAdapter, base: BaseSpec, *, method: PeftMethod, description: str
+) -> Adapter:
+    """Return a PEFT adapter's deltas with where they come from; raises ConversionError."""
+    modules = method.read(source, base)
+    entries = sum(delta.nnz for delta in modules.values())
+    weights = sum(height * width for height, width in base.shapes.values())
+    info = AdapterInfo(
+        base_model=base.name,
+        base_fingerprint=base.fingerprint,
+        method=method.name,
+        density=entries / weights,
+        description=description,
+        settings={key: str(value) for key, value in source.config.items() if _tells(value)},
+    )
+    return Adapter(info, modules)
+
+
+def _method(source: PeftAdapter) -> PeftMethod:
+    name = source.setting("peft_type", str)
+    if name not in METHODS:
+        raise ConversionError(
+            f"{source.directory}: expected peft_type {', '.join(METHODS)}, got {name}"
+        )
+    return METHODS[name]
+
+
+def _tells(value: Any) -> bool:
+    """Say whether a setting is worth keeping: SFT's `num_deltas` names every module."""
+    return value is not None and value != [] and not isinstance(value, dict)

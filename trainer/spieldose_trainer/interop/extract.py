@@ -1,0 +1,159 @@
+"""A delta from a full fine-tune: the largest of its changes, and how much of them that is."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from spieldose_kernels.base_spec import fingerprint_checkpoint
+from spieldose_kernels.checkpoint import find_checkpoint, target_shapes
+from spieldose_kernels.delta import Adapter, AdapterInfo, SparseDelta
+from spieldose_kernels.top_k import TopK
+from spieldose_trainer.errors import ConversionError
+from spieldose_trainer.interop import delta_path
+from spieldose_trainer.interop.checkpoint_tensors import CheckpointTensors
+from spieldose_trainer.interop.config import Allocation, ExtractConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Extraction:
+    """Hold a delta and what it leaves behind."""
+
+    adapter: Adapter
+    squares: Mapping[str, float]  # Σ ΔW² of the whole change, by module
+    outside: Sequence[str]  # tensors that differ, too, and that no delta can carry
+
+    def kept(self, modules: Sequence[str]) -> float | None:
+        """Return ‖Δ‖ / ‖ΔW‖ over these modules; None if nothing changed there."""
+        whole = sum(self.squares[module] for module in modules)
+        if whole == 0:
+            return None
+        values = [self.adapter.modules[m].values for m in modules if m in self.adapter.modules]
+        return math.sqrt(sum(v.double().square().sum().item() for v in values) / whole)
+
+
+def extract(config: ExtractConfig) -> Extraction:
+    """Write a delta file of the largest W_finetuned − W_base of the target layers.
+
+    Weights are read a tile at a time: memory holds a tile, the entries kept, and as many again in
+    comparison. Values are float32. Raises BaseError and ConversionError.
+    """
+    directory = find_checkpoint(config.base)
+    shapes = target_shapes(directory)
+    base, tuned = CheckpointTensors(directory), CheckpointTensors(find_checkpoint(config.finetuned))
+    for module, shape in shapes.items():
+        for checkpoint in (base, tuned):
+            _check_weight(checkpoint, module, shape)
+    change = Change(base, tuned)
+    modules = largest_changes(change, shapes, density=config.density, allocation=config.allocation)
+    if not modules:
+        raise ConversionError(
+            f"expected {config.finetuned} to differ from {config.base} in its linear layers, "
+            "got the same weights"
+        )
+    info = AdapterInfo(
+        base_model=config.base,
+        base_fingerprint=fingerprint_checkpoint(directory),
+        method="extract",
+        density=sum(delta.nnz for delta in modules.values()) / sum(map(math.prod, shapes.values())),
+        description=config.description,
+        settings={
+            "finetuned": config.finetuned,
+            "density": str(config.density),
+            "allocation": config.allocation,
+        },
+    )
+    adapter = Adapter(info, modules)
+    delta_path.write(config.out, adapter)
+    targets = {f"{module}.weight" for module in shapes}
+    return Extraction(adapter, change.squares, differing(base, tuned, leave_out=targets))
+
+
+class Change:
+    """Read ΔW tile by tile, and keep each module's sum of squares."""
+
+    def __init__(self, base: CheckpointTensors, tuned: CheckpointTensors) -> None:
+        self._base = base
+        self._tuned = tuned
+        self.squares: dict[str, float] = {}
+
+    def tiles(self, module: str) -> Iterator[torch.Tensor]:
+        """Yield W_finetuned − W_base of a layer in order, flat float32."""
+        name, squares = f"{module}.weight", 0.0
+        for before, after in zip(self._base.tiles(name), self._tuned.tiles(name), strict=True):
+            tile = after - before
+            squares += tile.double().square().sum().item()
+            if not math.isfinite(squares):
+                raise ConversionError(f"{name}: expected finite weights, got NaN or infinity")
+            yield tile
+        self.squares[module] = squares
+
+
+def largest_changes(
+    change: Change,
+    shapes: Mapping[str, tuple[int, int]],
+    *,
+    density: float,
+    allocation: Allocation,
+) -> dict[str, SparseDelta]:
+    """Return the largest changes by module, at most `density` of each layer, or of all together.
+
+    What did not change is no entry, a layer without entries not there.
+    """
+    groups = [[module] for module in shapes] if allocation == "layer" else [list(shapes)]
+    modules: dict[str, SparseDelta] = {}
+    with tqdm(total=len(shapes), unit="layer", disable=None, leave=False) as progress:
+        for group in groups:
+            sizes = [math.prod(shapes[module]) for module in group]
+            top = TopK(max(1, int(density * sum(sizes))))
+            first = 0
+            for module in group:
+                for tile in change.tiles(module):
+                    top.show(tile, first=first)
+                    first += tile.numel()
+                progress.update()
+            modules |= _split(*top.largest(), {module: shapes[module] for module in group})
+    return modules
+
+
+def _split(
+    positions: torch.Tensor, values: torch.Tensor, shapes: Mapping[str, tuple[int, int]]
+) -> dict[str, SparseDelta]:
+    """Cut entries of several layers laid end to end, positions ascending, into those of each."""
+    positions, values = positions[values != 0], values[values != 0]
+    modules, first = {}, 0
+    for module, shape in shapes.items():
+        bounds = torch.tensor([first, first + math.prod(shape)])
+        start, end = torch.searchsorted(positions, bounds).tolist()
+        if end > start:
+            modules[module] = SparseDelta.from_flat(
+                positions[start:end] - first, values[start:end], shape=shape
+            )
+        first += math.prod(shape)
+    return modules
+
+
+def differing(
+    base: CheckpointTensors, tuned: CheckpointTensors, *, leave_out: set[str]
+) -> list[str]:
+    """Name the tensors that are not the same in both checkpoints, or in one alone."""
+    names = sorted((base.shapes.keys() | tuned.shapes.keys()) - leave_out)
+    return [name for name in names if not _same(base, tuned, name)]
+
+
+def _same(base: CheckpointTensors, tuned: CheckpointTensors, name: str) -> bool:
+    if base.shapes.get(name) != tuned.shapes.get(name):
+        return False
+    return all(map(torch.equal, base.tiles(name), tuned.tiles(name)))
+
+
+def _check_weight(checkpoint: CheckpointTensors, module: str, shape: tuple[int, int]) -> None:
+    found = checkpoint.shapes.get(f"{module}.weight")
+    if found != shape:
+        got = "none" if found is None else list(found)
+        raise ConversionError(
+            f"{checkpoint.directory}: expected {module}.weight of shape {list(shape)}, "
+            f"not quantised, got {got}"
+        )
