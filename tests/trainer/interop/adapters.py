@@ -64,7 +64,7 @@ def delta_model(directory: Path, adapter: Adapter) -> PreTrainedModel:
     model = dense_model(directory)
     over = {}
     for name, delta in adapter.modules.items():
-        trainable = TrainableDelta(delta.row_starts, delta.columns.int())
+        trainable = TrainableDelta(delta.row_starts, delta.columns.int(), width=delta.width)
         trainable.values.data = delta.values.float()
         over[name] = DeltaLinear(model.get_submodule(name), trainable)  # type: ignore[arg-type]
     replace(model, over)
