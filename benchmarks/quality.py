@@ -1,0 +1,377 @@
+"""Measure what every method learns, against PEFT's LoRA and SHiRA, and what a step costs.
+
+`python benchmarks/quality.py --data DIR` with banking77's and GSM8K's files. Every run trains the
+demo's base for the same number of updates on the same batches with as many parameters. A method's
+learning rate is the best of three on seed 0; three seeds follow at that rate. Each finished run is
+a line of benchmarks/results/quality.jsonl, so that a broken-off benchmark goes on where it was.
+Prints the README's table.
+"""
+
+import csv
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from peft import LoraConfig, ShiraConfig, get_peft_model
+from rich.console import Console
+from rich.table import Table
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from spieldose_kernels.base import load_base, pick_compute_dtype
+from spieldose_kernels.quiet import quiet_libraries
+from spieldose_trainer.config import TrainConfig
+from spieldose_trainer.data import collate, read_examples
+from spieldose_trainer.evaluation import evaluate
+from spieldose_trainer.trainer import Trainer as SparseTrainer
+
+RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
+WORK = Path("build/quality")
+CPU = torch.device("cpu")
+SEEDS = (0, 1, 2)
+RANK = 3  # LoRA's and SHiRA's: both then have 3·(R + C) parameters a layer,
+DENSITY = 915_840 / 106_168_320  # which is this share of SmolLM2-135M's linear weights
+
+# name: what is trained, and the learning rates to choose from
+METHODS: dict[str, tuple[dict[str, Any], tuple[float, float, float]]] = {
+    "spiel-ag": ({"method": "spiel-ag"}, (5e-4, 1e-3, 2e-3)),
+    "spiel-ag, 16 bit": ({"method": "spiel-ag", "quantised": False}, (5e-4, 1e-3, 2e-3)),
+    "LoRA (PEFT)": ({"peft": "lora"}, (5e-4, 1e-3, 2e-3)),
+    "SHiRA random, 16 bit (PEFT)": ({"peft": "shira"}, (5e-4, 1e-3, 2e-3)),
+    "spiel-ma": ({"method": "spiel-ma"}, (1e-3, 2e-3, 4e-3)),
+    "random": ({"method": "random"}, (5e-4, 1e-3, 2e-3)),
+    "fisher": ({"method": "fisher"}, (5e-4, 1e-3, 2e-3)),
+    "magnitude": ({"method": "magnitude"}, (5e-4, 1e-3, 2e-3)),
+    "row-topk": ({"method": "row-topk"}, (5e-4, 1e-3, 2e-3)),
+    "lift": ({"method": "lift", "reselect_every": 20}, (5e-4, 1e-3, 2e-3)),
+    "sgc": ({"method": "sgc"}, (5e-4, 1e-3, 2e-3)),
+    "zo, 0.1 %": ({"method": "zo", "density": 0.001}, (1e-5, 1e-4, 1e-3)),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A data set, cut to what fits the time."""
+
+    name: str
+    updates: int
+    batch_size: int
+    held_out: int  # examples
+    max_length: int
+
+
+TASKS = (
+    Task("banking77", updates=40, batch_size=8, held_out=200, max_length=128),
+    Task("gsm8k", updates=24, batch_size=4, held_out=60, max_length=384),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One training run."""
+
+    task: str
+    method: str
+    learning_rate: float
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """Measure what every method learns, against PEFT's LoRA and SHiRA."""
+
+    data: Path | None = None  # directory of banking77_*.csv and gsm8k_*.jsonl
+    minutes: float = 120.0  # after which no further run is begun
+    only: tuple[str, ...] = ()  # methods; none: all
+    speed: bool = False  # measure step times and peak memory instead, about 5 minutes
+    table: bool = False  # print the table of the results there are
+    side: str = ""  # one side's steps, in a process of its own; used by --speed
+
+
+def main() -> None:
+    """Run what is missing, then print the table."""
+    arguments = tyro.cli(Arguments)
+    quiet_libraries()
+    sys.path.append(str(Path(__file__).parents[1] / "demo"))
+    from fetch_base import fetch
+
+    base = str(fetch())
+    if arguments.table:
+        print(markdown(read_results()))
+    elif arguments.data is None:
+        sys.exit("quality: expected --data DIR with banking77_*.csv and gsm8k_*.jsonl, got none")
+    elif arguments.side:
+        print(json.dumps(steps_of(arguments.side, base, arguments.data)))
+    elif arguments.speed:
+        speed(arguments.data)
+    else:
+        measure(base, arguments)
+        print(markdown(read_results()))
+
+
+def measure(base: str, arguments: Arguments) -> None:
+    """Make every run that has no result yet, the learning rates first, until time is up."""
+    end = time.monotonic() + 60 * arguments.minutes
+    for task in TASKS:
+        data = write_data(task, arguments.data or Path())
+        if not any(r["method"] == "base" and r["task"] == task.name for r in read_results()):
+            loss = base_loss(base, task, data)
+            append({"task": task.name, "method": "base", "loss": loss})
+        for method in arguments.only or METHODS:
+            while (run := next_run(task, method)) is not None:
+                if time.monotonic() > end:
+                    return
+                begun = time.perf_counter()
+                result = train(run, task, base, data)
+                append(asdict(run) | result | {"seconds": round(time.perf_counter() - begun, 1)})
+                print(run, result, flush=True)
+
+
+def next_run(task: Task, method: str) -> Run | None:
+    """Return the first run of a method that is missing."""
+    done = [r for r in read_results() if (r["task"], r["method"]) == (task.name, method)]
+    for rate in METHODS[method][1]:
+        if not any((r["learning_rate"], r["seed"]) == (rate, 0) for r in done):
+            return Run(task.name, method, rate, 0)
+    best = min((r for r in done if r["seed"] == 0), key=lambda r: r["loss"])["learning_rate"]
+    for seed in SEEDS:
+        if not any((r["learning_rate"], r["seed"]) == (best, seed) for r in done):
+            return Run(task.name, method, best, seed)
+    return None
+
+
+def train(run: Run, task: Task, base: str, data: tuple[Path, Path]) -> dict[str, Any]:
+    """Make one run; return its held-out loss, and what else is worth keeping."""
+    settings, _ = METHODS[run.method]
+    if "peft" in settings:
+        return train_peft(settings["peft"], run, task, base, data)
+    config = TrainConfig(
+        **({"density": DENSITY} | settings),
+        base=base,
+        data=data[0],
+        eval_data=data[1],
+        eval_every=task.updates,
+        out=WORK / f"{task.name}.safetensors",
+        max_steps=task.updates,
+        batch_size=task.batch_size,
+        max_length=task.max_length,
+        too_long="truncate",
+        learning_rate=run.learning_rate,
+        seed=run.seed,
+    )
+    trainer = SparseTrainer(config)
+    log = trainer.train().log
+    parameters = sum(layer.values.numel() for layer in trainer.model.layers.values())
+    trainer.save()
+    return {
+        "loss": log.evaluations[-1].loss,
+        "train_losses": [round(update.loss, 4) for update in log.updates],
+        "step": statistics.median(update.seconds for update in log.updates),
+        "parameters": parameters,
+    }
+
+
+class Steps(TrainerCallback):
+    """Keep every update's loss and time."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.seconds: list[float] = []
+        self._begun = 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._begun = time.perf_counter()
+
+    def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+        if "loss" in logs:
+            self.losses.append(round(logs["loss"], 4))
+            self.seconds.append(time.perf_counter() - self._begun)
+
+
+def train_peft(
+    kind: str, run: Run, task: Task, base: str, data: tuple[Path, Path]
+) -> dict[str, Any]:
+    """Train PEFT's LoRA or SHiRA with its Trainer's AdamW, on the same batches."""
+    dtype = pick_compute_dtype("auto", CPU)
+    loaded = load_base(base, device=CPU, compute_dtype=dtype, fused=False, quantised=kind == "lora")
+    torch.manual_seed(run.seed)
+    configs = {
+        "lora": LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM"),
+        "shira": ShiraConfig(
+            r=RANK,
+            random_seed=run.seed,
+            target_modules=list({name.rpartition(".")[2] for name in loaded.layers}),
+            task_type="CAUSAL_LM",
+        ),
+    }
+    model = get_peft_model(loaded.model, configs[kind])
+    pad, steps = loaded.tokenizer.eos_token_id, Steps()
+    read = partial(
+        read_examples,
+        tokenizer=loaded.tokenizer,
+        max_length=task.max_length,
+        too_long="truncate",
+    )
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(WORK / "peft"),
+            max_steps=task.updates,
+            warmup_steps=max(1, round(0.03 * task.updates)),
+            per_device_train_batch_size=task.batch_size,
+            learning_rate=run.learning_rate,
+            weight_decay=0.0,
+            max_grad_norm=0.0,
+            logging_steps=1,
+            seed=run.seed,
+            use_cpu=True,
+            dataloader_pin_memory=False,
+            remove_unused_columns=False,
+            label_names=["labels"],
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=list(read(data[0])),
+        data_collator=partial(collate, pad=pad),
+        callbacks=[steps],
+    )
+    trainer.train()
+    return {
+        "loss": held_out_loss(model, loaded.tokenizer, read(data[1])),
+        "train_losses": steps.losses,
+        "step": statistics.median(steps.seconds),
+        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }
+
+
+def base_loss(base: str, task: Task, data: tuple[Path, Path]) -> float:
+    """Return the held-out loss before any training."""
+    dtype = pick_compute_dtype("auto", CPU)
+    loaded = load_base(base, device=CPU, compute_dtype=dtype, fused=False)
+    examples = read_examples(
+        data[1], loaded.tokenizer, max_length=task.max_length, too_long="truncate"
+    )
+    return held_out_loss(loaded.model, loaded.tokenizer, examples)
+
+
+def held_out_loss(model: Any, tokenizer: Any, examples: Sequence[Any]) -> float:
+    """Return the mean loss over the completions' tokens."""
+    pad = tokenizer.eos_token_id
+    found = evaluate(model, examples, tokenizer=tokenizer, pad=pad, batch_size=8, exact_match=False)
+    return found.loss
+
+
+# --- step time and memory ----------------------------------------------------------------------
+
+
+def speed(data: Path) -> None:
+    """Time steps and peak memory of LoRA and the sparse methods, each in its own process."""
+    sides = ("LoRA (PEFT)", "spiel-ag", "spiel-ma", "sgc", "zo, 0.1 %")
+    found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+    for _ in range(3):
+        for side in sides:
+            command = [sys.executable, __file__, "--data", str(data), "--side", side]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            found[side].append(json.loads(done.stdout.splitlines()[-1]))
+    table = Table("method", "seconds a step", "x LoRA", "peak MB", "x LoRA")
+    lora = found["LoRA (PEFT)"]
+    for side in sides:
+        ratios = [
+            statistics.median(a[key] / b[key] for a, b in zip(found[side], lora, strict=True))
+            for key in ("step", "peak")
+        ]
+        step, peak = (statistics.median(r[key] for r in found[side]) for key in ("step", "peak"))
+        table.add_row(side, f"{step:.2f}", f"{ratios[0]:.2f}", f"{peak:.0f}", f"{ratios[1]:.2f}")
+        append({"speed": side, "rounds": found[side], "step_x_lora": ratios[0]})
+    Console(width=100).print(table)
+
+
+def steps_of(side: str, base: str, source: Path) -> dict[str, float]:
+    """Make a dozen steps of one side; return their median time and the process's peak memory."""
+    import resource
+
+    task = Task("banking77", updates=26, batch_size=8, held_out=8, max_length=128)
+    data = write_data(task, source)
+    result = train(Run(task.name, side, METHODS[side][1][1], 0), task, base, data)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+    return {"step": result["step"], "peak": peak}
+
+
+# --- data and results ----------------------------------------------------------------------------
+
+
+def write_data(task: Task, source: Path) -> tuple[Path, Path]:
+    """Write a task's training and held-out examples; return the two files."""
+    WORK.mkdir(parents=True, exist_ok=True)
+    files = WORK / f"{task.name}.jsonl", WORK / f"{task.name}-held-out.jsonl"
+    pairs = banking77 if task.name == "banking77" else gsm8k
+    wanted = task.updates * task.batch_size * len(SEEDS), task.held_out
+    for file, part, count in zip(files, ("train", "test"), wanted, strict=True):
+        everything = list(pairs(source, part))
+        order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(0))
+        lines = [everything[i] for i in order[:count].tolist()]
+        file.write_text("\n".join(json.dumps({"prompt": p, "completion": c}) for p, c in lines))
+    return files
+
+
+def banking77(source: Path, part: str) -> Iterator[tuple[str, str]]:
+    """Yield queries and their intents as text."""
+    with open(source / f"banking77_{part}.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            intent = row["category"].replace("_", " ")
+            yield f"Query: {row['text']}\nIntent:", f" {intent}"
+
+
+def gsm8k(source: Path, part: str) -> Iterator[tuple[str, str]]:
+    """Yield questions and their worked answers."""
+    for line in (source / f"gsm8k_{part}.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        yield f"Question: {record['question']}\nAnswer:", f" {record['answer']}"
+
+
+def append(result: dict[str, Any]) -> None:
+    """Add one result to the file."""
+    RESULTS.parent.mkdir(exist_ok=True)
+    with open(RESULTS, "a") as file:
+        file.write(json.dumps(result) + "\n")
+
+
+def read_results() -> list[dict[str, Any]]:
+    """Return the results of all finished runs."""
+    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    return [result for result in map(json.loads, lines) if "task" in result]
+
+
+def markdown(results: list[dict[str, Any]]) -> str:
+    """Return the table: held-out loss by method and task, mean and spread over the seeds."""
+    names = [task.name for task in TASKS]
+    lines = ["| held-out loss | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for method in ("base", *METHODS):
+        cells = [
+            cell([r for r in results if (r["task"], r["method"]) == (n, method)]) for n in names
+        ]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def cell(done: list[dict[str, Any]]) -> str:
+    """Return mean and spread over the seeds of the best learning rate."""
+    if not done or "seed" not in done[0]:
+        return f"{done[0]['loss']:.3f}" if done else ""
+    best = min((r for r in done if r["seed"] == 0), key=lambda r: r["loss"])["learning_rate"]
+    losses = [r["loss"] for r in done if r["learning_rate"] == best]
+    spread = f" ± {statistics.stdev(losses):.3f}" if len(losses) > 1 else ""
+    return f"{statistics.mean(losses):.3f}{spread} (lr {best:g}, {len(losses)} seeds)"
+
+
+if __name__ == "__main__":
+    main()
