@@ -78,7 +78,10 @@ class TrainConfig:
     allocation: Literal["layer", "global"] = "layer"  # compare scores within layers or overall
     fisher_data: Path | None = None  # text for the Fisher scores; none: the training data
     fisher_samples: int = 64  # examples of it
-    rank: int = 128  # of the low-rank approximation: principal weights, CESGC
+    rank: int = 128  # of low-rank approximations: principal weights, CESGC
+    sgc_variant: Literal["mesgc", "cesgc"] = "mesgc"  # compress gradients, or their projections
+    chunk: int = 1024  # weights whose gradient is compressed together (d)
+    kept: int = 4  # of them, how many entries of the gradient count, and move (s)
     start: Literal["zero", "residual"] = "zero"  # first values: 0, or what NF4 rounded away
     epsilon: float = 1e-3  # size of the zeroth-order perturbation
 

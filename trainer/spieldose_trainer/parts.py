@@ -18,11 +18,14 @@ from spieldose_trainer.selectors.first_support import (
     random_support,
     row_support,
 )
+from spieldose_trainer.selectors.largest_deltas import LargestDeltas
 from spieldose_trainer.selectors.momentum import MomentumApproximation
 from spieldose_trainer.selectors.principal import Principal
 from spieldose_trainer.selectors.schedule import RefreshSchedule, ReselectionSchedule
 from spieldose_trainer.selectors.selector import Selector
 from spieldose_trainer.updaters.adamw import SparseAdamW
+from spieldose_trainer.updaters.compressed_adam import CompressedAdam
+from spieldose_trainer.updaters.compression import Compression
 from spieldose_trainer.updaters.sm3 import SM3
 from spieldose_trainer.updaters.updater import Updater
 from spieldose_trainer.updaters.zeroth_order import ZerothOrder
@@ -72,7 +75,11 @@ def make_updater(config: TrainConfig, layers: dict[str, TrainableDelta]) -> Upda
                 seed=config.seed,
             )
         case "compressed-adam":
-            raise NotImplementedError
+            rank = config.rank if config.sgc_variant == "cesgc" else None
+            compression = Compression(
+                chunk=config.chunk, kept=config.kept, rank=rank, seed=config.seed
+            )
+            return CompressedAdam(layers, lr=lr, compression=compression, weight_decay=decay)
 
 
 def make_selector(
@@ -101,6 +108,9 @@ def make_selector(
                 schedule=RefreshSchedule(every=choice.reselect_every, total=updates),
                 scores=partial(_moved_principal, model, rank=config.rank),
             )
+        case "largest":
+            assert isinstance(updater, CompressedAdam)  # as `check_pair` made sure
+            return LargestDeltas(model.layers, updater=updater)
         case _:
             return Selector()
 
