@@ -52,8 +52,8 @@ METHODS: dict[str, tuple[dict[str, Any], tuple[float, float, float]]] = {
     "magnitude": ({"method": "magnitude"}, (5e-4, 1e-3, 2e-3)),
     "row-topk": ({"method": "row-topk"}, (5e-4, 1e-3, 2e-3)),
     "lift": ({"method": "lift", "reselect_every": 20}, (5e-4, 1e-3, 2e-3)),
-    "sgc": ({"method": "sgc"}, (5e-4, 1e-3, 2e-3)),
-    "zo, 0.1 %": ({"method": "zo", "density": 0.001}, (1e-5, 1e-4, 1e-3)),
+    "sgc": ({"method": "sgc"}, (3e-5, 1e-4, 3e-4)),
+    "zo, 0.1 %": ({"method": "zo", "density": 0.001}, (1e-4, 3e-4, 1e-3)),
 }
 
 

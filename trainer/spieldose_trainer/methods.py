@@ -38,7 +38,7 @@ METHODS: Final[dict[MethodName, Method]] = {
 LEARNING_RATES: Final[dict[UpdaterName, float]] = {
     "adamw": 1e-3,
     "sm3": 2e-3,
-    "compressed-adam": 1e-3,
+    "compressed-adam": 1e-4,
     "zeroth-order": 1e-4,
 }
 DENSITIES: Final[dict[UpdaterName, float]] = {  # zeroth order: arXiv 2406.02913
