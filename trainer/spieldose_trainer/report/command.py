@@ -1,0 +1,48 @@
+"""The command line that makes a run again."""
+
+import ast
+import dataclasses
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from spieldose_trainer.config import TrainConfig
+from spieldose_trainer.methods import METHODS
+
+ALWAYS_SAID = ("base", "data", "out")
+NEVER_SAID = ("resume", "plan")  # the run begins anew, and is made
+
+
+def command(settings: Mapping[str, str]) -> str:
+    """Return `spieldose train …` with every setting that is not the default.
+
+    `settings` are those of `TrainConfig.settings`.
+    """
+    words, defaults = ["spieldose", "train"], _defaults(settings)
+    for field in dataclasses.fields(TrainConfig):
+        value = settings[field.name]
+        if field.name in NEVER_SAID or value == defaults.get(field.name):
+            continue
+        flag = field.name.replace("_", "-")
+        match value:
+            case "True":
+                words.append(f"--{flag}")
+            case "False":
+                words.append(f"--no-{flag}")
+            case _ if value.startswith("("):
+                words += [f"--{flag}", *map(str, ast.literal_eval(value))]
+            case _:
+                words += [f"--{flag}", value]
+    return shlex.join(words)
+
+
+def _defaults(settings: Mapping[str, str]) -> dict[str, str]:
+    """Return what a run of this method, selector and updater does where it is not told."""
+    parts: dict[str, Any] = {name: settings[name] for name in ("method", "selector", "updater")}
+    config = TrainConfig(base="", data=Path(), out=Path("none.safetensors"), **parts)
+    method = METHODS[config.method]
+    found = config.settings() | {"selector": method.selector, "updater": method.updater}
+    fields = {field.name: field.default for field in dataclasses.fields(config)}
+    found["method"] = str(fields["method"])
+    return {name: value for name, value in found.items() if name not in ALWAYS_SAID}
