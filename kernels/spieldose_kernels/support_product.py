@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from spieldose_kernels.cpu import support, training
 from spieldose_kernels.delta import entry_rows
@@ -151,10 +152,9 @@ def _(
 
 def _blocked(y: torch.Tensor, x: torch.Tensor, values: torch.Tensor) -> bool:
     """Say whether the CPU's own training products take these tensors."""
-    right = x.dtype in training.NUMPY and y.dtype in training.NUMPY
-    return (
-        x.is_cpu and right and values.dtype == torch.float32 and not torch.compiler.is_compiling()
-    )
+    dtypes = x.dtype in training.NUMPY and y.dtype in training.NUMPY
+    real = not torch.compiler.is_compiling() and not isinstance(x, FakeTensor)
+    return x.is_cpu and dtypes and values.dtype == torch.float32 and real
 
 
 class _AddSupportProduct(torch.autograd.Function):

@@ -1,8 +1,9 @@
 """A toy model whose every number can be followed: two plain layers with trainable deltas."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -63,7 +64,11 @@ class Toy:
             if method == "spiel-ag"
             else SM3(layers.values(), **settings)
         )
-        kind = AccumulatedGradients if method == "spiel-ag" else MomentumApproximation
+        kind: Any = (
+            partial(AccumulatedGradients, passes=accumulation)
+            if method == "spiel-ag"
+            else MomentumApproximation
+        )
         self.selector = kind(
             layers,
             updater=self.updater,

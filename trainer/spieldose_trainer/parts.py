@@ -89,7 +89,6 @@ def make_selector(
     choice = config.choice
     match choice.selector:
         case "gradients" | "momentum":
-            kind = AccumulatedGradients if choice.selector == "gradients" else MomentumApproximation
             schedule = ReselectionSchedule(
                 every=choice.reselect_every,
                 steps=config.selection_steps,
@@ -98,8 +97,19 @@ def make_selector(
                 total=updates,
             )
             least_changed = config.drop == "least-changed"
-            return kind(
-                model.layers, updater=updater, schedule=schedule, since_reselection=least_changed
+            if choice.selector == "momentum":
+                return MomentumApproximation(
+                    model.layers,
+                    updater=updater,
+                    schedule=schedule,
+                    since_reselection=least_changed,
+                )
+            return AccumulatedGradients(
+                model.layers,
+                updater=updater,
+                schedule=schedule,
+                since_reselection=least_changed,
+                passes=config.accumulation,
             )
         case "principal":
             return Principal(

@@ -8,8 +8,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from spieldose_kernels.delta import index_dtype
 from spieldose_trainer.methods import UpdaterName
-from spieldose_trainer.selectors.accumulated_gradients import CANDIDATE_FACTOR
-from spieldose_trainer.selectors.candidates import SPARE
+from spieldose_trainer.selectors.accumulated_gradients import CANDIDATE_FACTOR, SPARE
 from spieldose_trainer.updaters.chunked_gradient import CANDIDATE_FACTOR as GATHERED
 from spieldose_trainer.updaters.compression import Compression
 
@@ -50,14 +49,14 @@ def moment_bytes(
             return 2 * 4 * compression.width * chunks + space
 
 
-def candidate_bytes(height: int, width: int, entries: int) -> int:
+def candidate_bytes(height: int, width: int, entries: int, *, passes: int) -> int:
     """Return the most a selection phase of accumulated gradients keeps for a layer of R, C and Z.
 
-    That is in its first update, or in those after it.
+    That is in its first update, or in those after it; `passes` are the forward passes of one.
     """
     weights = height * width
     count = min(CANDIDATE_FACTOR * entries, weights)
-    first = SUM_BYTES * min(SPARE * count, weights)
+    first = SUM_BYTES * min((1 if passes == 1 else SPARE) * count, weights)
     return max(first, count * (CANDIDATE_BYTES + index_dtype(width).itemsize) + 4 * (height + 1))
 
 

@@ -5,12 +5,16 @@ from typing import Any
 
 import torch
 
+from spieldose_kernels.linear import TrainableDelta
 from spieldose_trainer.selectors.candidates import Candidates
+from spieldose_trainer.selectors.schedule import ReselectionSchedule
 from spieldose_trainer.selectors.spiel import Spiel
 from spieldose_trainer.support import flat_positions
+from spieldose_trainer.updaters.updater import Updater
 
 # candidates per support entry: at 1 the first update alone would decide the first reselection
 CANDIDATE_FACTOR = 2
+SPARE = 4  # running sums per candidate while an update of several forward passes is not complete
 
 
 class AccumulatedGradients(Spiel):
@@ -19,7 +23,21 @@ class AccumulatedGradients(Spiel):
     It watches the layers' backward passes during selection phases only.
     """
 
-    candidates: Mapping[str, Candidates] = {}  # empty outside a phase
+    def __init__(
+        self,
+        layers: Mapping[str, TrainableDelta],
+        *,
+        updater: Updater,
+        schedule: ReselectionSchedule,
+        since_reselection: bool = False,
+        passes: int = 1,
+    ) -> None:
+        """Take `passes`, the forward passes of an update, besides what all variants take."""
+        super().__init__(
+            layers, updater=updater, schedule=schedule, since_reselection=since_reselection
+        )
+        self.candidates: dict[str, Candidates] = {}  # empty outside a phase
+        self._spare = 1 if passes == 1 else SPARE
 
     def begin_update(self, update: int) -> None:
         """Watch the backward passes of this update if it belongs to a selection phase."""
@@ -77,7 +95,11 @@ class AccumulatedGradients(Spiel):
 
     def _candidates(self, name: str) -> Candidates:
         layer = self.layers[name]
-        return Candidates(layer.shape, count=CANDIDATE_FACTOR * layer.values.numel())
+        return Candidates(
+            layer.shape,
+            count=CANDIDATE_FACTOR * layer.values.numel(),
+            spare=self._spare,
+        )
 
 
 def choose_exchange(

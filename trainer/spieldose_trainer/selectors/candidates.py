@@ -7,21 +7,20 @@ from spieldose_kernels.support_product import gradient_tiles, sampled_product
 from spieldose_kernels.top_k import TopK
 from spieldose_trainer.ranks import mean_over_ranks
 
-SPARE = 4  # running sums per candidate while the first update is not complete
-
 
 class Candidates:
     """Accumulate one layer's gradient at its most promising positions.
 
     The positions are the largest |dW| of the phase's whole first update, found tile by tile: a
-    dense dW never exists. With several forward passes per update, running sums are kept at SPARE
+    dense dW never exists. With several forward passes per update, running sums are kept at `spare`
     times as many positions until its end: a position is missed only if it is not even among those
     after some pass. Sums are float32. Under data parallelism every rank sees the mean gradient,
     hence the same positions.
     """
 
-    def __init__(self, shape: tuple[int, int], *, count: int) -> None:
+    def __init__(self, shape: tuple[int, int], *, count: int, spare: int = 1) -> None:
         self.shape = shape
+        self.spare = spare
         self.count = min(count, shape[0] * shape[1])
         self.samples = 0  # updates accumulated
         self.positions = torch.empty(0, dtype=torch.int64)  # [M] flat row-major, ascending
@@ -60,7 +59,7 @@ class Candidates:
         self.samples += 1
 
     def _choose(self, x: torch.Tensor, dy: torch.Tensor) -> None:
-        largest = TopK(SPARE * self.count)
+        largest = TopK(self.spare * self.count)
         for row, tile in gradient_tiles(dy, x):
             gradient, first = mean_over_ranks(tile.float()).flatten(), row * self.shape[1]
             if self.positions.numel():
