@@ -18,7 +18,7 @@ from spieldose_kernels.delta_file import read_delta
 from spieldose_trainer import trainer
 from spieldose_trainer.callbacks import StopOnInterrupt
 from spieldose_trainer.config import TrainConfig
-from spieldose_trainer.errors import ConfigError, Interrupted
+from spieldose_trainer.errors import CheckpointError, ConfigError, Interrupted
 from spieldose_trainer.trainer import Result, Trainer, train
 
 from .configuration import Configure, configuration
@@ -170,7 +170,7 @@ def test_a_second_interrupt_ends_the_run_at_once() -> None:
 def test_a_run_that_failed_after_its_last_update_is_finished_by_resuming(
     configure: Configure, monkeypatch: pytest.MonkeyPatch, unbroken: Result
 ) -> None:
-    with monkeypatch.context() as patched, pytest.raises(OSError, match="disk full"):
+    with monkeypatch.context() as patched, pytest.raises(CheckpointError, match="disk full"):
         patched.setattr(trainer, "write_delta", disk_full)
         train(configure())
     resumed = train(configure(resume=True))

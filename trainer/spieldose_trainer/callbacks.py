@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from spieldose_trainer.ranks import sum_over_ranks
 from spieldose_trainer.run_log import Reselection, RunLog, Update
 from spieldose_trainer.selectors.selector import Selector
 
@@ -25,6 +26,12 @@ class Recorder(TrainerCallback):
         self._tokens = 0  # of the running update
         self._started = 0.0
         self._learning_rate = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Write checkpoints as often as asked for now: a resumed state says how often it was."""
+        state.save_steps = int(args.save_steps)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -63,18 +70,16 @@ class Recorder(TrainerCallback):
                     loss=float(loss),
                     learning_rate=self._learning_rate,
                     seconds=time.perf_counter() - self._started,
-                    tokens=self._tokens,
+                    tokens=sum_over_ranks(self._tokens),
                 )
             )
 
 
 class Evaluating(TrainerCallback):
-    """Ask for evaluations, and end the run when they have stopped getting better."""
+    """Ask for evaluations; what comes of them is the loop's matter."""
 
-    def __init__(self, log: RunLog, *, every: int, patience: int | None) -> None:
-        self._log = log
+    def __init__(self, every: int) -> None:
         self._every = every
-        self._patience = patience
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -82,17 +87,6 @@ class Evaluating(TrainerCallback):
         """Ask for an evaluation every so many updates and after the last."""
         if state.global_step % self._every == 0 or state.global_step == state.max_steps:
             control.should_evaluate = True
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """End the run after as many evaluations without a lower loss as patience allows."""
-        if self._patience is None or "eval_loss" not in kwargs["logs"]:
-            return
-        losses = [evaluation.loss for evaluation in self._log.evaluations]
-        since_best = len(losses) - 1 - losses.index(min(losses))
-        if since_best >= self._patience:
-            control.should_training_stop = True
 
 
 class Progress(TrainerCallback):
@@ -151,8 +145,9 @@ class StopOnInterrupt(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Ask for a checkpoint and the end, if a stop was requested."""
-        if self.requested:
+        """Ask for a checkpoint and the end, if a stop was requested of any process."""
+        if sum_over_ranks(self.requested):
+            self.requested = True
             control.should_save = True
             control.should_training_stop = True
 

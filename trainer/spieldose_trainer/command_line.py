@@ -1,10 +1,15 @@
 """The `spieldose train` command."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
 from spieldose_trainer.config import TrainConfig
+
+if TYPE_CHECKING:
+    from spieldose_trainer.data import Examples
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -13,12 +18,26 @@ def train(arguments: Sequence[str]) -> None:
     from spieldose_kernels.quiet import quiet_libraries
 
     quiet_libraries()
-    from spieldose_trainer.trainer import train as run
+    from spieldose_trainer.ranks import is_first_rank
+    from spieldose_trainer.trainer import Trainer
 
-    result = run(config)
-    size = result.file.stat().st_size
-    loss = f", loss {result.losses[-1]:.4f}" if result.losses else ""  # none: all was done before
-    print(
-        f"{result.file}: {result.model.density:.2%} of the target weights, "
-        f"{size / 1e6:.1f} MB{loss}"
-    )
+    trainer = Trainer(config)
+    if is_first_rank():
+        _report_too_long(config.data, trainer.examples, max_length=config.max_length)
+        _report_too_long(config.eval_data, trainer.held_out, max_length=config.max_length)
+    result = trainer.train()
+    trainer.save()
+    if is_first_rank():
+        size = result.file.stat().st_size / 1e6
+        print(
+            f"{result.file}: {result.model.density:.2%} of the target weights, {size:.1f} MB, "
+            f"loss {result.losses[-1]:.4f}"
+        )
+
+
+def _report_too_long(path: Path | None, examples: "Examples", *, max_length: int) -> None:
+    if examples.truncated or examples.dropped:
+        print(
+            f"{path}: of {len(examples) + examples.dropped} examples {examples.truncated} were cut "
+            f"to {max_length} tokens, {examples.dropped} left out"
+        )

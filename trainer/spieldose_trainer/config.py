@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from spieldose_trainer.errors import ConfigError
 from spieldose_trainer.methods import (
@@ -94,6 +94,7 @@ class TrainConfig:
     description: str = ""  # one line about the adapter, kept in its file
 
     def __post_init__(self) -> None:
+        self._check_names()
         choice = self.choice
         check_pair(choice.selector, choice.updater)
         for names, is_right, expected in _RULES:
@@ -110,6 +111,20 @@ class TrainConfig:
             raise ConfigError("patience needs eval_data, got none")
         if self.start == "residual" and not self.quantised:
             raise ConfigError("start=residual needs a quantised base: another one rounded nothing")
+        for name in ("clip", "gradient_checkpointing"):
+            if getattr(self, name) and choice.updater == "zeroth-order":
+                raise ConfigError(f"{name} needs a gradient, updater zeroth-order has none")
+
+    def _check_names(self) -> None:
+        """Raise ConfigError for a name that is not among those its setting knows."""
+        for name, hint in get_type_hints(type(self)).items():
+            kinds = (hint, *get_args(hint))  # a Literal, or one or None
+            known = [
+                word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)
+            ]
+            value = getattr(self, name)
+            if known and value is not None and value not in known:
+                raise ConfigError(f"{name} must be one of {', '.join(known)}, got {value}")
 
     @property
     def folder(self) -> Path:
@@ -157,6 +172,6 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda x: x >= 1,
         "at least 1",
     ),
-    ("epochs epsilon clip", lambda x: x > 0, "positive"),
+    ("epochs epsilon clip", lambda x: 0 < x < float("inf"), "positive and finite"),
     ("weight_decay", lambda x: x >= 0, "0 or more"),
 )

@@ -1,6 +1,9 @@
 """Hugging Face's Trainer, taught what a sparse run needs: its checkpoints, its steps, its looks."""
 
-from collections.abc import Sequence
+import math
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +16,16 @@ from transformers.trainer import TRAINER_STATE_NAME
 from spieldose_kernels.base import pick_device
 from spieldose_kernels.delta_file import write_delta
 from spieldose_trainer.callbacks import Recorder
+from spieldose_trainer.checkpoints import DELTA, RUN_STATE, keep_only
 from spieldose_trainer.config import TrainConfig
 from spieldose_trainer.data import Example
 from spieldose_trainer.errors import CheckpointError, NonFiniteLoss
 from spieldose_trainer.evaluation import evaluate
 from spieldose_trainer.model import SparseModel
+from spieldose_trainer.ranks import mean_over_ranks
 from spieldose_trainer.run_log import Evaluation
 from spieldose_trainer.updaters.updater import Updater
 from spieldose_trainer.updaters.zeroth_order import ZerothOrder
-
-DELTA = "delta.safetensors"  # in a checkpoint, beside what Hugging Face's Trainer writes there
-RUN_STATE = "run.pt"
 
 
 class Loop(HuggingFaceTrainer):
@@ -37,15 +39,18 @@ class Loop(HuggingFaceTrainer):
         recorder: Recorder,
         held_out: Sequence[Example],
         config: TrainConfig,
+        settings: Mapping[str, str],
         pad: int,
         **arguments: Any,
     ) -> None:
+        """Take, beside the parts of a run, the settings that its checkpoints are to name."""
         super().__init__(model=model, optimizers=(updater, None), **arguments)
         self.sparse_model = model
         self.updater = updater
         self.recorder = recorder
         self._held_out = held_out
         self._config = config
+        self._settings = settings
         self._pad = pad
 
     def run(self, checkpoint: Path | None) -> None:
@@ -57,7 +62,8 @@ class Loop(HuggingFaceTrainer):
             return
         self._load_run_state(checkpoint)
         saved = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        if saved.global_step < self.args.max_steps:  # else `train` would make one update more
+        over = saved.global_step == self.args.max_steps or self._out_of_patience()
+        if not over:  # else `train` would make one update more
             self.train(resume_from_checkpoint=str(checkpoint))
         else:
             self.state = saved
@@ -97,7 +103,7 @@ class Loop(HuggingFaceTrainer):
         return losses.mean().float()
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Measure the held-out examples and remember the best deltas."""
+        """Measure the held-out examples, remember the best deltas, and end the run in time."""
         found = evaluate(
             self.sparse_model.model,
             self._held_out,
@@ -106,34 +112,70 @@ class Loop(HuggingFaceTrainer):
             batch_size=self._config.batch_size,
             exact_match=self._config.exact_match,
         )
-        record = Evaluation(
-            update=self.state.global_step, loss=found.loss, exact_match=found.exact_match
+        update = self.state.global_step
+        # one number for all processes, which decides the same in each
+        loss = float(mean_over_ranks(torch.tensor(found.loss, dtype=torch.float64)))
+        if not math.isfinite(loss):
+            raise NonFiniteLoss(f"update {update}: expected a finite held-out loss, got {loss}")
+        best = min((look.loss for look in self.recorder.log.evaluations), default=math.inf)
+        self.recorder.log.append(
+            Evaluation(update=update, loss=loss, exact_match=found.exact_match)
         )
-        metrics = {"eval_loss": found.loss}
+        if self.args.should_save and loss < best:
+            self._write_best()
+        metrics = {"eval_loss": loss}
         if found.exact_match is not None:
             metrics["eval_exact_match"] = found.exact_match
-        earlier = [evaluation.loss for evaluation in self.recorder.log.evaluations]
-        self.recorder.log.append(record)
-        if self.args.should_save and found.loss < min(earlier, default=float("inf")):
-            self._config.folder.mkdir(parents=True, exist_ok=True)
-            write_delta(self._config.best, self.sparse_model.adapter(method="checkpoint"))
         self.log(dict(metrics))
+        self.control.should_evaluate = False  # or it would be done again at the end of an epoch
+        self.control.should_training_stop |= self._out_of_patience()
         return metrics
 
+    def _out_of_patience(self) -> bool:
+        """Say whether too many evaluations in a row brought no lower loss."""
+        losses = [look.loss for look in self.recorder.log.evaluations]
+        if self._config.patience is None or not losses:
+            return False
+        return len(losses) - 1 - losses.index(min(losses)) >= self._config.patience
+
+    def _write_best(self) -> None:
+        try:
+            write_delta(self._config.best, self.sparse_model.adapter(method="checkpoint"))
+        except OSError as error:
+            raise CheckpointError(
+                f"update {self.state.global_step}: expected to write {self._config.best}, "
+                f"got: {error}; the last checkpoint is left as it was"
+            ) from error
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        update = self.state.global_step
+        if not self.sparse_model.is_finite():
+            raise NonFiniteLoss(
+                f"update {update}: expected finite values, got NaN or infinity; "
+                "try a lower learning_rate"
+            )
+        checkpoint = self._config.checkpoints / f"checkpoint-{update}"
         try:
             super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()  # each process writes a file of its own
+            if self.args.should_save:
+                keep_only(checkpoint)
         except (OSError, RuntimeError, SafetensorError) as error:
+            # PyTorch does not say that a disk is full
+            free = shutil.disk_usage(self._config.folder).free
+            shutil.rmtree(checkpoint, ignore_errors=True)
             raise CheckpointError(
-                f"update {self.state.global_step}: expected to write a checkpoint to "
-                f"{self._config.checkpoints}, got: {str(error).splitlines()[0]}; "
-                "the one before it is left as it was"
+                f"update {update}: expected to write a checkpoint to "
+                f"{self._config.checkpoints}, got: {str(error).splitlines()[0]}, "
+                f"{free >> 20} MB free on the disk; the one before it is left as it was"
             ) from error
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:
+            return
         directory = Path(output_dir or str(self.args.output_dir))
         directory.mkdir(parents=True, exist_ok=True)
-        adapter = self.sparse_model.adapter(method="checkpoint", settings=self._config.settings())
+        adapter = self.sparse_model.adapter(method="checkpoint", settings=self._settings)
         write_delta(directory / DELTA, adapter)
         state = {
             "selector": self.recorder.selector.state_dict(),
@@ -143,21 +185,34 @@ class Loop(HuggingFaceTrainer):
         torch.save(state, directory / RUN_STATE)
 
     def _load_run_state(self, directory: Path) -> None:
-        state = torch.load(directory / RUN_STATE, weights_only=True)
+        state = torch.load(
+            directory / RUN_STATE,
+            map_location=self.sparse_model.base.model.device,
+            weights_only=True,
+        )
         self.recorder.selector.load_state_dict(state["selector"])
         self.recorder.log.load_state_dict(state["log"])
         for name, layer in self.sparse_model.layers.items():
             layer.born.copy_(state["born"][name])
+
+    def _prepare_for_training(self, *arguments: Any, **settings: Any) -> Any:
+        with warnings.catch_warnings():  # accelerate 1.15 does not know the setting's new name
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            prepare: Any = super()._prepare_for_training
+            return prepare(*arguments, **settings)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Do nothing: the model was made from the checkpoint's delta."""
 
 
 def training_arguments(config: TrainConfig) -> TrainingArguments:
-    """Return Hugging Face's settings of a run, apart from its number of updates."""
+    """Return Hugging Face's settings of a run, apart from its number of updates.
+
+    Under torchrun or `accelerate launch` this joins the other processes and picks the device.
+    """
     on_cpu = pick_device(config.device).type == "cpu"
     scheduler = "constant_with_warmup" if config.schedule == "constant" else config.schedule
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(config.checkpoints),
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulation,
@@ -169,7 +224,8 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_steps=config.checkpoint_every,
-        save_total_limit=1,
+        save_total_limit=None,  # `keep_only` removes them, when the newest is safe
+        average_tokens_across_devices=True,  # an update's loss is the mean over all its tokens
         seed=config.seed,
         use_cpu=on_cpu,
         dataloader_pin_memory=not on_cpu,
@@ -178,19 +234,8 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         report_to="none",
         disable_tqdm=True,
         ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # all processes change their support alike
     )
-
-
-def newest_checkpoint(directory: Path) -> Path | None:
-    """Return the newest checkpoint that was written to its end, if there is one.
-
-    The Trainer's state is written last, so what a crash or a full disk cut short lacks it.
-    """
-    found = []
-    for path in directory.glob("checkpoint-*"):
-        try:
-            state = TrainerState.load_from_json(str(path / TRAINER_STATE_NAME))
-        except (OSError, ValueError):
-            continue
-        found.append((state.global_step, path))
-    return max(found)[1] if found else None
+    # else several GPUs seen by one process would each get a copy of the model: nn.DataParallel
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments

@@ -57,6 +57,10 @@ class SparseModel(nn.Module):
         weights = sum(layer.shape[0] * layer.shape[1] for layer in self.layers.values())
         return sum(layer.values.numel() for layer in self.layers.values()) / weights
 
+    def is_finite(self) -> bool:
+        """Say whether every value is a number that a delta file may hold."""
+        return all(bool(layer.values.isfinite().all()) for layer in self.layers.values())
+
     def forward(self, **inputs: Any) -> Any:
         """Run the base with its deltas; arguments and result are the base model's."""
         return self.model(**inputs, use_cache=False)

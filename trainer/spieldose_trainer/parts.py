@@ -10,6 +10,7 @@ from spieldose_kernels.linear import TrainableDelta
 from spieldose_trainer.config import TrainConfig
 from spieldose_trainer.data import Example, collate
 from spieldose_trainer.model import SparseModel
+from spieldose_trainer.ranks import mean_over_ranks
 from spieldose_trainer.selectors import scores
 from spieldose_trainer.selectors.accumulated_gradients import AccumulatedGradients
 from spieldose_trainer.selectors.first_support import (
@@ -142,4 +143,5 @@ def _fisher(
         return value
 
     losses = [partial(loss, text) for text in texts]
-    yield from scores.fisher(model.layers, losses, budget=FISHER_BUDGET)
+    for name, score in scores.fisher(model.layers, losses, budget=FISHER_BUDGET):
+        yield name, mean_over_ranks(score)  # equal, but for sums in another order on a GPU

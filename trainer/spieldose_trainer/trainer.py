@@ -1,7 +1,9 @@
 """A training run from its settings to its delta file."""
 
+import hashlib
 import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,14 +17,16 @@ from spieldose_kernels.checkpoint import find_checkpoint, target_shapes
 from spieldose_kernels.delta import Adapter
 from spieldose_kernels.delta_file import read_delta, write_delta
 from spieldose_trainer.callbacks import Evaluating, Progress, Recorder, StopOnInterrupt
+from spieldose_trainer.checkpoints import DELTA, PROCESSES, newest_checkpoint
 from spieldose_trainer.config import TrainConfig
 from spieldose_trainer.data import Examples, collate, read_examples
-from spieldose_trainer.errors import ConfigError, Interrupted
-from spieldose_trainer.loop import DELTA, Loop, newest_checkpoint, training_arguments
+from spieldose_trainer.errors import CheckpointError, ConfigError, Interrupted
+from spieldose_trainer.loop import Loop, training_arguments
 from spieldose_trainer.model import SparseModel
 from spieldose_trainer.modules import select_modules
 from spieldose_trainer.packing import check_separation, collate_packed, pack
 from spieldose_trainer.parts import first_support, make_selector, make_updater
+from spieldose_trainer.ranks import is_first_rank
 from spieldose_trainer.run_log import RunLog
 
 
@@ -43,7 +47,8 @@ class Result:
 class Trainer:
     """Train an adapter: `Trainer(config).train()`, then `save()`.
 
-    Making one reads the data and loads the base: it raises ConfigError, DataError or BaseError.
+    Making one reads the data, then loads the base. What is wrong with settings or data is said
+    before that: raises ConfigError, DataError or BaseError.
     """
 
     def __init__(self, config: TrainConfig, *, base: Base | None = None) -> None:
@@ -54,15 +59,25 @@ class Trainer:
         tokenizer = AutoTokenizer.from_pretrained(directory)
         self.examples = _read(config, config.data, tokenizer)
         self.held_out = _read(config, config.eval_data, tokenizer)
+        texts = _read(config, config.fisher_data, tokenizer) or self.examples
+        _make_folder(config)
+        self._arguments = training_arguments(config)
+        self._settings = config.settings() | {
+            "data": _described(self.examples),
+            "eval_data": _described(self.held_out),
+            PROCESSES: str(self._arguments.world_size),
+        }
+        if self._checkpoint is not None:
+            _check_same_run(self._checkpoint, self._settings)
         self.base = base or _load(config)
         if self._checkpoint is None:
-            texts = _read(config, config.fisher_data, tokenizer) or self.examples
             support = first_support(
                 config, self.base, shapes=shapes, texts=texts[: config.fisher_samples]
             )
             self.model = SparseModel(self.base, support)
         else:
-            self.model = SparseModel.of(self.base, _saved(config, self._checkpoint, self.base))
+            saved = read_delta((self._checkpoint / DELTA).read_bytes(), self.base.spec)
+            self.model = SparseModel.of(self.base, saved)
         self._stop = StopOnInterrupt()
         self._loop = self._assemble()
 
@@ -81,9 +96,8 @@ class Trainer:
     def adapter(self) -> Adapter:
         """Return the trained deltas: those of the lowest held-out loss, if there was any."""
         config = self.config
-        if config.best.exists():
-            best = read_delta(config.best.read_bytes())
-            self.model.load(best)
+        if self.held_out and config.best.exists():
+            self.model.load(read_delta(config.best.read_bytes()))
         return self.model.adapter(
             method=config.method,
             description=config.description,
@@ -92,13 +106,21 @@ class Trainer:
         )
 
     def save(self) -> Path:
-        """Write the delta file and drop the checkpoints; return its path."""
-        if self._loop.is_world_process_zero():
-            self.config.out.parent.mkdir(parents=True, exist_ok=True)
-            write_delta(self.config.out, self.adapter())
-            shutil.rmtree(self.config.checkpoints, ignore_errors=True)
-            self.config.best.unlink(missing_ok=True)
-        return self.config.out
+        """Write the delta file and drop the checkpoints; return its path.
+
+        Raises CheckpointError, and keeps the checkpoints, if it cannot be written.
+        """
+        config = self.config
+        if is_first_rank():
+            try:
+                write_delta(config.out, self.adapter())
+            except OSError as error:
+                raise CheckpointError(
+                    f"expected to write {config.out}, got: {error}; --resume tries it again"
+                ) from error
+            shutil.rmtree(config.checkpoints, ignore_errors=True)
+            config.best.unlink(missing_ok=True)
+        return config.out
 
     def _assemble(self) -> Loop:
         """Put model, updater, selector and callbacks under a Hugging Face Trainer."""
@@ -108,7 +130,7 @@ class Trainer:
         if config.packing:
             check_separation(self.base.model)
             rows = list(pack(self.examples, max_length=config.max_length, seed=config.seed))
-        arguments = training_arguments(config)
+        arguments = self._arguments
         per_update = config.batch_size * config.accumulation * arguments.world_size
         updates = config.max_steps or math.ceil(config.epochs * math.ceil(len(rows) / per_update))
         arguments.max_steps = updates
@@ -119,15 +141,14 @@ class Trainer:
         recorder = Recorder(selector, entries=entries)
         callbacks: list[Any] = [recorder, Progress(recorder.log), self._stop]
         if self.held_out:
-            callbacks.append(
-                Evaluating(recorder.log, every=config.eval_every, patience=config.patience)
-            )
+            callbacks.append(Evaluating(config.eval_every))
         loop = Loop(
             model=self.model,
             updater=updater,
             recorder=recorder,
             held_out=self.held_out,
             config=config,
+            settings=self._settings,
             pad=pad,
             args=arguments,
             train_dataset=rows,
@@ -169,17 +190,33 @@ def _checkpoint_to_resume(config: TrainConfig) -> Path | None:
     return found
 
 
-def _saved(config: TrainConfig, checkpoint: Path, base: Base) -> Adapter:
-    """Return a checkpoint's deltas, if they were trained with the same settings."""
-    adapter = read_delta((checkpoint / DELTA).read_bytes(), base.spec)
-    for name, value in config.settings().items():
-        if name not in _MAY_CHANGE and adapter.info.settings.get(name) != value:
+def _check_same_run(checkpoint: Path, settings: Mapping[str, str]) -> None:
+    """Raise ConfigError if these are not the settings that a checkpoint was trained with."""
+    saved = read_delta((checkpoint / DELTA).read_bytes()).info.settings
+    for name, value in settings.items():
+        if name not in _MAY_CHANGE and saved.get(name) != value:
             raise ConfigError(
-                f"{name}: expected {adapter.info.settings.get(name)} as in the run to resume, "
-                f"got {value}"
+                f"{name}: expected {saved.get(name)} as in the run to resume, got {value}"
             )
-    return adapter
+
+
+def _make_folder(config: TrainConfig) -> None:
+    """Make the run's directory; raises ConfigError if nothing could be written at its end."""
+    if config.out.is_dir():
+        raise ConfigError(f"out: expected a file to write, got the directory {config.out}")
+    try:
+        config.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out: expected a place to write to, got: {error}") from error
+
+
+def _described(examples: Examples) -> str:
+    """Say what tells these examples from others, wherever their file lies."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(f"{example.tokens}{example.counted}".encode())
+    return f"{len(examples)} examples ({digest.hexdigest()[:12]})"
 
 
 # settings that do not change what a run computes
-_MAY_CHANGE = {"resume", "checkpoint_every", "description", "out", "base", "data", "eval_data"}
+_MAY_CHANGE = {"resume", "checkpoint_every", "description", "out", "base"}

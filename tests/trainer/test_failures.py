@@ -1,0 +1,385 @@
+"""A run that fails says why in one line and loses nothing that a checkpoint held."""
+
+import importlib
+import os
+import re
+import resource
+import shutil
+import signal
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from spieldose_kernels.errors import SpieldoseError
+from spieldose_trainer import command_line, trainer
+from spieldose_trainer.checkpoints import newest_checkpoint
+from spieldose_trainer.errors import CheckpointError, ConfigError, DataError, NonFiniteLoss
+from spieldose_trainer.trainer import Result, Trainer
+
+from .configuration import Configure, configuration
+from .runs import assert_same_run, interrupt, run, write_lines
+
+TOGETHER = {"prompt": "a", "completion": "b"}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """The same run from its first update to its last."""
+    torch.set_num_threads(1)
+    return run(configuration(tiny_directory, tmp_path_factory.mktemp("unbroken"))())
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tiny_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoints after updates 3 and 6 of one run."""
+    directory = tmp_path_factory.mktemp("two")
+    make = configuration(tiny_directory, directory)
+    interrupt(make(), update=3)
+    kept = make().checkpoints / "checkpoint-3"
+    shutil.copytree(kept, directory / "checkpoint-3")
+    interrupt(make(resume=True), update=6)
+    shutil.copytree(directory / "checkpoint-3", kept)
+    return make().checkpoints
+
+
+@pytest.fixture
+def not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a test fail that loads the base."""
+
+    def load(*_: Any, **__: Any) -> None:
+        pytest.fail("the base was loaded")
+
+    monkeypatch.setattr(trainer, "load_base", load)
+
+
+class Spoil(TrainerCallback):
+    """Make something of a run not a number in one update."""
+
+    def __init__(self, update: int, what: Callable[[Any], torch.Tensor]) -> None:
+        self.update = update
+        self.what = what
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step + 1 == self.update:
+            *_, last = kwargs["model"].layers.values()
+            self.what(last.values)[0] = float("nan")
+
+
+class Limit(TrainerCallback):
+    """Let no file grow beyond so many bytes, as on a full disk, from one update on."""
+
+    def __init__(self, update: int, size: int) -> None:
+        self.update = update
+        self.size = size
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step + 1 == self.update:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, resource.RLIM_INFINITY))
+
+
+@contextmanager
+def room_again() -> Iterator[None]:
+    """Lift the limit at the end of the block."""
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+
+
+def test_a_whole_checkpoint_is_what_a_run_goes_on_from(two_checkpoints: Path) -> None:
+    assert newest_checkpoint(two_checkpoints) == two_checkpoints / "checkpoint-6"
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        "delta.safetensors",
+        "optimizer.pt",
+        "rng_state.pth",
+        "run.pt",
+        "scheduler.pt",
+        "trainer_state.json",
+    ],
+)
+@pytest.mark.parametrize("left", [None, 0, 0.5, 0.99])
+def test_a_checkpoint_cut_short_is_passed_over_for_the_one_before(
+    two_checkpoints: Path, tmp_path: Path, missing: str, left: float | None
+) -> None:
+    shutil.copytree(two_checkpoints, tmp_path / "both")
+    cut_short(tmp_path / "both" / "checkpoint-6" / missing, left)
+    assert newest_checkpoint(tmp_path / "both") == tmp_path / "both" / "checkpoint-3"
+
+
+def test_a_checkpoint_with_a_flipped_bit_is_passed_over(
+    two_checkpoints: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(two_checkpoints, tmp_path / "both")
+    path = tmp_path / "both" / "checkpoint-6" / "optimizer.pt"
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+    content[largest.header_offset + largest.file_size // 2] ^= 1
+    path.write_bytes(content)
+    assert newest_checkpoint(tmp_path / "both") == tmp_path / "both" / "checkpoint-3"
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_to_the_same_bits(
+    configure: Configure, two_checkpoints: Path, unbroken: Result
+) -> None:
+    config = configure(resume=True)
+    shutil.copytree(two_checkpoints, config.checkpoints)
+    cut_short(config.checkpoints / "checkpoint-6" / "optimizer.pt", 0.9)
+    assert_same_run(run(config), unbroken)
+
+
+def test_nothing_whole_is_nothing_to_resume_from(
+    configure: Configure, two_checkpoints: Path
+) -> None:
+    config = configure(resume=True)
+    shutil.copytree(two_checkpoints, config.checkpoints)
+    for checkpoint in config.checkpoints.iterdir():
+        cut_short(checkpoint / "run.pt", None)
+    with pytest.raises(ConfigError, match=r"expected a checkpoint in .* to resume from, got none"):
+        Trainer(config)
+
+
+def test_a_run_killed_while_it_writes_a_checkpoint_goes_on_from_the_one_before(
+    processes: Any, tiny_directory: Path, tmp_path: Path, unbroken: Result
+) -> None:
+    killed = importlib.import_module("killed_run")
+    process = processes.Process(target=killed.train, args=(tiny_directory, tmp_path))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    config = configuration(tiny_directory, tmp_path)(checkpoint_every=3, resume=True)
+    assert sorted(path.name for path in config.checkpoints.iterdir()) == [
+        "checkpoint-3",
+        "checkpoint-6",
+    ]
+    assert newest_checkpoint(config.checkpoints) == config.checkpoints / "checkpoint-3"
+    assert_same_run(run(config), unbroken)
+
+
+def test_the_checkpoint_before_goes_when_the_next_is_on_the_disk(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configure(max_steps=4, checkpoint_every=2)
+    seen: list[tuple[str, str]] = []
+    synced, removed = os.fsync, shutil.rmtree
+
+    def fsync(descriptor: int) -> None:
+        seen.append(("synced", Path(f"/proc/self/fd/{descriptor}").readlink().name))
+        synced(descriptor)
+
+    def rmtree(path: Any, **settings: Any) -> None:
+        seen.append(("removed", Path(path).name))
+        removed(path, **settings)
+
+    monkeypatch.setattr("os.fsync", fsync)
+    monkeypatch.setattr("shutil.rmtree", rmtree)
+    run(config)
+    at = seen.index(("removed", "checkpoint-2"))
+    written = {"optimizer.pt", "run.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+    last = {name for what, name in seen[at - 8 : at] if what == "synced"}
+    assert written | {"checkpoint-4", "checkpoints"} <= last
+
+
+@pytest.mark.parametrize("size", [10_000, 40_000])  # of the delta file, of the moments
+def test_a_full_disk_leaves_the_checkpoint_before_as_it_was(
+    configure: Configure, unbroken: Result, size: int
+) -> None:
+    config = configure(checkpoint_every=4)
+    with room_again(), pytest.raises(CheckpointError) as error:
+        run(config, Limit(8, size))
+    said = str(error.value)
+    assert said.startswith(
+        f"update 8: expected to write a checkpoint to {config.checkpoints}, got: "
+    )
+    assert re.search(r"\d+ MB free on the disk; the one before it is left as it was$", said)
+    assert "\n" not in said
+    assert [path.name for path in config.checkpoints.iterdir()] == ["checkpoint-4"]
+    assert_same_run(run(configure(resume=True, checkpoint_every=4)), unbroken)
+
+
+def test_a_disk_full_at_the_last_moment_leaves_the_last_checkpoint(
+    configure: Configure, unbroken: Result
+) -> None:
+    finished = Trainer(configure())
+    finished.train()
+    with (
+        room_again(),
+        pytest.raises(CheckpointError, match=r"expected to write .*, got: .*File too"),
+    ):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+        finished.save()
+    assert not finished.config.out.exists()
+    assert_same_run(run(configure(resume=True)), unbroken)
+
+
+def test_a_disk_too_full_for_the_best_deltas_ends_the_run_in_one_line(
+    configure: Configure,
+) -> None:
+    config = configure(eval_data=configure().data, eval_every=3, checkpoint_every=2)
+    with room_again(), pytest.raises(CheckpointError, match=r"update 3: .*best\.safetensors"):
+        run(config, Limit(3, 10_000))
+    assert newest_checkpoint(config.checkpoints) == config.checkpoints / "checkpoint-2"
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_at_its_last_good_checkpoint(
+    configure: Configure, unbroken: Result
+) -> None:
+    config = configure(checkpoint_every=2)
+    with pytest.raises(NonFiniteLoss, match=r"^update 6: expected a finite loss, got nan; try a"):
+        run(config, Spoil(5, lambda values: values.data))
+    assert newest_checkpoint(config.checkpoints) == config.checkpoints / "checkpoint-4"
+    assert_same_run(run(configure(checkpoint_every=2, resume=True)), unbroken)
+
+
+@pytest.mark.parametrize("update", [6, 10])
+def test_values_that_are_not_finite_are_never_written(
+    configure: Configure, unbroken: Result, update: int
+) -> None:
+    config = configure(checkpoint_every=2)
+    with pytest.raises(NonFiniteLoss, match=rf"^update {update}: expected finite values"):
+        run(config, Spoil(update, lambda values: values.grad))
+    assert not config.out.exists()
+    assert newest_checkpoint(config.checkpoints) == config.checkpoints / f"checkpoint-{update - 2}"
+    assert_same_run(run(configure(checkpoint_every=2, resume=True)), unbroken)
+
+
+def test_a_held_out_loss_that_is_not_finite_stops_the_run(
+    configure: Configure, tmp_path: Path
+) -> None:
+    held_out = write_lines(tmp_path / "held-out.jsonl", [TOGETHER])
+    config = configure(eval_data=held_out, eval_every=3, checkpoint_every=2)
+    with pytest.raises(NonFiniteLoss, match=r"^update 3: expected a finite held-out loss, got nan"):
+        run(config, Spoil(3, lambda values: values.grad))
+    assert newest_checkpoint(config.checkpoints) == config.checkpoints / "checkpoint-2"
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ([TOGETHER, {"prompt": "a", "answer": "b"}], ":2: expected `prompt` and `completion`"),
+        (
+            [TOGETHER, TOGETHER, {"prompt": "a", "completion": ""}],
+            ":3: expected `completion` to be",
+        ),
+        (
+            [TOGETHER, {"prompt": "a" * 90, "completion": "b"}],
+            ":2: expected at most 64 tokens, got",
+        ),
+        ([], ": expected at least one example, got none"),
+    ],
+)
+@pytest.mark.parametrize("field", ["data", "eval_data", "fisher_data"])
+@pytest.mark.usefixtures("not_loaded")
+def test_data_that_cannot_be_used_is_refused_before_the_base_is_loaded(
+    configure: Configure, tmp_path: Path, lines: list[Any], said: str, field: str
+) -> None:
+    bad = write_lines(tmp_path / "bad.jsonl", lines)
+    with pytest.raises(DataError) as error:
+        Trainer(configure(max_length=64, method="fisher", **{field: bad}))
+    assert str(error.value).startswith(f"{bad}{said}")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.usefixtures("not_loaded")
+def test_modules_that_match_nothing_are_refused_before_the_base_is_loaded(
+    configure: Configure,
+) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^modules: expected ends of .* as q_proj.*, got w_proj$"
+    ):
+        Trainer(configure(modules=("q_proj", "w_proj")))
+
+
+@pytest.mark.usefixtures("not_loaded")
+@pytest.mark.parametrize(
+    "out", ["data.jsonl/sums.safetensors", "data.jsonl/deeper/sums.safetensors", "a.safetensors"]
+)
+def test_a_place_that_cannot_be_written_is_refused_before_the_base_is_loaded(
+    configure: Configure, tmp_path: Path, out: str
+) -> None:
+    (tmp_path / "a.safetensors").mkdir()
+    with pytest.raises(ConfigError, match=r"^out: expected .*, got") as error:
+        Trainer(configure(out=tmp_path / out))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.usefixtures("not_loaded")
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"density": 0.01}, "density: expected 0.05 as in the run to resume, got 0.01"),
+        ({"method": "random"}, "method: expected spiel-ag as in the run to resume, got random"),
+        ({"max_steps": 20}, "max_steps: expected 10 as in the run to resume, got 20"),
+        ({"seed": 1}, "seed: expected 0 as in the run to resume, got 1"),
+    ],
+)
+def test_another_setting_than_the_run_began_with_is_refused_before_the_base_is_loaded(
+    configure: Configure, two_checkpoints: Path, changes: dict[str, Any], said: str
+) -> None:
+    config = configure(resume=True, **changes)
+    shutil.copytree(two_checkpoints, config.checkpoints)
+    with pytest.raises(ConfigError) as error:
+        Trainer(config)
+    assert str(error.value) == said
+
+
+@pytest.mark.parametrize(("field", "count"), [("data", 10), ("eval_data", 0)])
+def test_other_data_than_the_run_began_with_is_refused(
+    configure: Configure, two_checkpoints: Path, tmp_path: Path, field: str, count: int
+) -> None:
+    other = write_lines(tmp_path / "other.jsonl", [TOGETHER] * 10)
+    config = configure(resume=True, **{field: other})
+    shutil.copytree(two_checkpoints, config.checkpoints)
+    said = (
+        rf"^{field}: expected {count} examples \(.{{12}}\) as in the run to resume, got 10 examples"
+    )
+    with pytest.raises(ConfigError, match=said):
+        Trainer(config)
+
+
+def test_the_command_says_how_many_examples_were_too_long(
+    configure: Configure, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = [{"prompt": "a" * 20, "completion": "b" * 20}, {"prompt": "a" * 50, "completion": "b"}]
+    data = write_lines(tmp_path / "long.jsonl", [TOGETHER, long[0], long[0], long[1]])
+    held_out = write_lines(tmp_path / "held-out.jsonl", [TOGETHER, long[0]])
+    config = configure(data=data, eval_data=held_out)
+    command_line.train(
+        f"--base {config.base} --data {data} --eval-data {held_out} --out {config.out} "
+        "--max-length 32 --too-long truncate --max-steps 2 --device cpu".split()
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{data}: of 4 examples 2 were cut to 32 tokens, 1 left out"
+    assert lines[1] == f"{held_out}: of 2 examples 1 were cut to 32 tokens, 0 left out"
+    assert lines[2].startswith(f"{config.out}: ")
+    assert len(lines) == 3
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("density", "0"), ("density", "1.01"), ("epochs", "inf"), ("rank", "0")]
+)
+def test_a_setting_out_of_range_is_refused_with_its_name(
+    configure: Configure, option: str, value: str
+) -> None:
+    config = configure()
+    words = f"--base {config.base} --data {config.data} --out {config.out} --{option} {value}"
+    with pytest.raises(SpieldoseError, match=rf"^{option} must be .*, got {float(value):g}"):
+        command_line.train(words.split())
+
+
+def cut_short(path: Path, left: float | None) -> None:
+    """Leave a share of a file; None: not even its name."""
+    if left is None:
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[: int(left * path.stat().st_size)])
