@@ -25,6 +25,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "evaluation": {"eval_every": 2, "patience": 3, "exact_match": True},
     "momentum-drop": {"method": "spiel-ma", "drop": "least-changed"},
     "packing": {"packing": True, "max_length": 40, "batch_size": 2},
+    "residual": {"start": "residual", "method": "magnitude"},
 }
 SMALL: dict[str, Any] = {"max_steps": 7, "reselect_every": 3, "rank": 8, "fisher_samples": 4}
 

@@ -27,6 +27,7 @@ from spieldose_trainer.modules import select_modules
 from spieldose_trainer.packing import check_separation, collate_packed, pack
 from spieldose_trainer.parts import first_support, make_selector, make_updater
 from spieldose_trainer.ranks import is_first_rank
+from spieldose_trainer.residual import original_weights, start_from_residual
 from spieldose_trainer.run_log import RunLog
 
 
@@ -60,6 +61,7 @@ class Trainer:
         self.examples = _read(config, config.data, tokenizer)
         self.held_out = _read(config, config.eval_data, tokenizer)
         texts = _read(config, config.fisher_data, tokenizer) or self.examples
+        originals = original_weights(directory, shapes) if config.start == "residual" else None
         _make_folder(config)
         self._arguments = training_arguments(config)
         self._settings = config.settings() | {
@@ -75,6 +77,8 @@ class Trainer:
                 config, self.base, shapes=shapes, texts=texts[: config.fisher_samples]
             )
             self.model = SparseModel(self.base, support)
+            if originals is not None:
+                start_from_residual(self.model, originals)
         else:
             saved = read_delta((self._checkpoint / DELTA).read_bytes(), self.base.spec)
             self.model = SparseModel.of(self.base, saved)
