@@ -240,7 +240,7 @@ def test_the_command_explains_every_setting() -> None:
     done = spieldose("train", "--help")
     assert done.returncode == 0
     assert "--density" in done.stdout
-    assert "share of the target layers' weights that may change" in " ".join(done.stdout.split())
+    assert "share of the target layers' weights that may change" in " ".join(done.stdout.replace("│", "").split())
 
 
 def test_the_command_refuses_a_missing_data_file_in_one_line(configure: Configure) -> None:

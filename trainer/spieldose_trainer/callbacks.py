@@ -3,7 +3,7 @@
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -11,18 +11,24 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from spieldose_kernels.linear import TrainableDelta
+from spieldose_trainer.memory import MemoryTable, measure_memory
 from spieldose_trainer.ranks import sum_over_ranks
 from spieldose_trainer.run_log import Reselection, RunLog, Update
 from spieldose_trainer.selectors.selector import Selector
 
 
 class Recorder(TrainerCallback):
-    """Give the selector its turns, and record what every update did."""
+    """Give the selector its turns, and record what every update did, and the memory it took."""
 
-    def __init__(self, selector: Selector, *, entries: int) -> None:
+    def __init__(
+        self, selector: Selector, *, layers: Mapping[str, TrainableDelta], method: str
+    ) -> None:
         self.selector = selector
         self.log = RunLog()
-        self._entries = entries  # in the support
+        self.memory: MemoryTable | None = None  # of the latest update
+        self._layers = layers
+        self._method = method
         self._tokens = 0  # of the running update
         self._started = 0.0
         self._learning_rate = 0.0
@@ -45,6 +51,12 @@ class Recorder(TrainerCallback):
         """Count a forward pass's tokens."""
         self._tokens += tokens
 
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measure the memory while gradients and moments are both there."""
+        self.memory = measure_memory(self._layers, kwargs["optimizer"], method=self._method)
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
@@ -54,7 +66,7 @@ class Recorder(TrainerCallback):
                 Reselection(
                     update=state.global_step,
                     replaced=replaced,
-                    entries=self._entries,
+                    entries=sum(layer.values.numel() for layer in self._layers.values()),
                     lost=self.selector.lost,
                 )
             )

@@ -18,6 +18,12 @@ def train(arguments: Sequence[str]) -> None:
     from spieldose_kernels.quiet import quiet_libraries
 
     quiet_libraries()
+    if config.plan:
+        _print_plan(config)
+        return
+    from rich.console import Console
+
+    from spieldose_trainer.memory import print_memory
     from spieldose_trainer.ranks import is_first_rank
     from spieldose_trainer.trainer import Trainer
 
@@ -31,8 +37,19 @@ def train(arguments: Sequence[str]) -> None:
         size = result.file.stat().st_size / 1e6
         print(
             f"{result.file}: {result.model.density:.2%} of the target weights, {size:.1f} MB, "
-            f"loss {result.losses[-1]:.4f}"
+            f"loss {result.losses[-1]:.4f}; report: {config.folder / 'report.html'}"
         )
+        if trainer.memory is not None:
+            print_memory(trainer.memory, Console())
+
+
+def _print_plan(config: TrainConfig) -> None:
+    from rich.console import Console
+
+    from spieldose_trainer.plan_table import print_plan
+    from spieldose_trainer.planning import make_plan
+
+    print_plan(make_plan(config), Console())
 
 
 def _report_too_long(path: Path | None, examples: "Examples", *, max_length: int) -> None:

@@ -2,15 +2,18 @@
 
 import hashlib
 import math
+import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.tensorboard import SummaryWriter
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback
+from transformers.integrations.integration_utils import TensorBoardCallback
 
 from spieldose_kernels.base import Base, load_base, pick_compute_dtype, pick_device
 from spieldose_kernels.checkpoint import find_checkpoint, target_shapes
@@ -22,11 +25,13 @@ from spieldose_trainer.config import TrainConfig
 from spieldose_trainer.data import Examples, collate, read_examples
 from spieldose_trainer.errors import CheckpointError, ConfigError, Interrupted
 from spieldose_trainer.loop import Loop, training_arguments
+from spieldose_trainer.memory import MemoryTable, peak_bytes
 from spieldose_trainer.model import SparseModel
 from spieldose_trainer.modules import select_modules
 from spieldose_trainer.packing import check_separation, collate_packed, pack
 from spieldose_trainer.parts import first_support, make_selector, make_updater
 from spieldose_trainer.ranks import is_first_rank
+from spieldose_trainer.report.write import write_report
 from spieldose_trainer.residual import original_weights, start_from_residual
 from spieldose_trainer.run_log import RunLog
 
@@ -82,6 +87,7 @@ class Trainer:
         else:
             saved = read_delta((self._checkpoint / DELTA).read_bytes(), self.base.spec)
             self.model = SparseModel.of(self.base, saved)
+        self.memory: MemoryTable | None = None  # known when the run is saved
         self._stop = StopOnInterrupt()
         self._loop = self._assemble()
 
@@ -122,9 +128,29 @@ class Trainer:
                 raise CheckpointError(
                     f"expected to write {config.out}, got: {error}; --resume tries it again"
                 ) from error
+            self._report()
             shutil.rmtree(config.checkpoints, ignore_errors=True)
             config.best.unlink(missing_ok=True)
         return config.out
+
+    def _report(self) -> None:
+        """Put the delta file and the run's report into the run's folder."""
+        config, recorder = self.config, self._loop.recorder
+        _link(config.out, config.folder / config.out.name)
+        if recorder.memory is None:
+            return  # all updates were made before: this process has nothing to tell
+        looks = recorder.log.evaluations
+        newest = not looks or min(looks, key=lambda look: look.loss) is looks[-1]
+        born = {name: layer.born.cpu() for name, layer in self.model.layers.items()}
+        self.memory = replace(recorder.memory, peak=peak_bytes(self.base.model.device))
+        write_report(
+            config.folder,
+            adapter=self.adapter(),
+            log=recorder.log,
+            born=born if newest else None,  # earlier deltas had another support
+            settings=config.settings(),
+            memory=self.memory,
+        )
 
     def _assemble(self) -> Loop:
         """Put model, updater, selector and callbacks under a Hugging Face Trainer."""
@@ -141,9 +167,11 @@ class Trainer:
         arguments.warmup_steps = math.ceil(config.warmup * updates)
         updater = make_updater(config, self.model.layers)
         selector = make_selector(config, self.model, updater=updater, updates=updates)
-        entries = sum(layer.values.numel() for layer in self.model.layers.values())
-        recorder = Recorder(selector, entries=entries)
+        recorder = Recorder(selector, layers=self.model.layers, method=config.method)
         callbacks: list[Any] = [recorder, Progress(recorder.log), self._stop]
+        if is_first_rank():
+            writer = SummaryWriter(config.folder / "tensorboard")
+            callbacks.append(TensorBoardCallback(writer))
         if self.held_out:
             callbacks.append(Evaluating(config.eval_every))
         loop = Loop(
@@ -202,6 +230,15 @@ def _check_same_run(checkpoint: Path, settings: Mapping[str, str]) -> None:
             raise ConfigError(
                 f"{name}: expected {saved.get(name)} as in the run to resume, got {value}"
             )
+
+
+def _link(file: Path, link: Path) -> None:
+    """Give a file a second name, or a copy where file systems have no links."""
+    link.unlink(missing_ok=True)
+    try:
+        os.link(file, link)
+    except OSError:
+        shutil.copyfile(file, link)
 
 
 def _make_folder(config: TrainConfig) -> None:
