@@ -20,10 +20,10 @@ HELD_OUT = [{"prompt": f"{a}+", "completion": f"is {a * 3}"} for a in (11, 12, 2
 # how runs may differ in what a checkpoint must hold, beside their method
 KINDS: dict[str, dict[str, Any]] = {
     "accumulation": {"accumulation": 2, "batch_size": 2},
+    "cesgc": {"method": "sgc", "sgc_variant": "cesgc"},
     "clip": {"clip": 0.1, "schedule": "cosine", "weight_decay": 1.0},
     "drop": {"drop": "least-changed"},
     "evaluation": {"eval_every": 2, "patience": 3, "exact_match": True},
-    "momentum-drop": {"method": "spiel-ma", "drop": "least-changed"},
     "packing": {"packing": True, "max_length": 40, "batch_size": 2},
     "residual": {"start": "residual", "method": "magnitude"},
 }
@@ -206,7 +206,7 @@ def test_what_an_earlier_run_left_is_not_taken_for_the_best(
     assert all(bool(delta.values.any()) for delta in adapter_of(result).modules.values())
 
 
-@pytest.mark.parametrize("kind", [*(name for name in METHODS if name != "sgc"), *KINDS])
+@pytest.mark.parametrize("kind", [*METHODS, *KINDS])
 def test_a_resumed_run_is_the_unbroken_one(configure: Configure, held_out: Path, kind: Any) -> None:
     changes = SMALL | KINDS.get(kind, {"method": kind})
     if kind == "evaluation":

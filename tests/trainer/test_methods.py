@@ -25,7 +25,8 @@ def allowed(selector: SelectorName, updater: UpdaterName) -> bool:
     return True
 
 
-FIRST_ORDER = [pair for pair in PAIRS if allowed(*pair) and pair[1] != "compressed-adam"]
+ALLOWED = [pair for pair in PAIRS if allowed(*pair)]
+CHANGES = {"gradients": [1], "momentum": [1], "principal": [2], "largest": [2, 3]}
 REFUSED = [pair for pair in PAIRS if not allowed(*pair)]
 
 
@@ -33,10 +34,10 @@ def test_as_many_pairs_are_allowed_as_make_sense() -> None:
     free = ("principal", "fisher", "magnitude", "row-topk", "random")
     steady = [pair for pair in PAIRS if pair[0] in free and pair[1] != "compressed-adam"]
     spiel = [("gradients", "adamw"), ("gradients", "sm3"), ("momentum", "sm3")]
-    assert sorted(FIRST_ORDER) == sorted([*steady, *spiel])
+    assert sorted(ALLOWED) == sorted([*steady, *spiel, ("largest", "compressed-adam")])
 
 
-@pytest.mark.parametrize(("selector", "updater"), FIRST_ORDER)
+@pytest.mark.parametrize(("selector", "updater"), ALLOWED)
 def test_an_allowed_pair_trains(configure: Configure, selector: str, updater: str) -> None:
     config = configure(
         selector=selector,
@@ -50,7 +51,7 @@ def test_an_allowed_pair_trains(configure: Configure, selector: str, updater: st
     result = run(config)
     assert len(result.losses) == 3
     changes = [reselection.update for reselection in result.log.reselections]
-    assert changes == {"gradients": [1], "momentum": [1], "principal": [2]}.get(selector, [])
+    assert changes == CHANGES.get(selector, [])
     for delta in adapter_of(result).modules.values():  # read_delta refuses what is not finite
         assert bool(delta.values.any())
 
@@ -84,15 +85,19 @@ def test_an_unknown_name_is_refused_with_the_known_ones(
         configure(**{field: value})
 
 
-@pytest.mark.parametrize("field", ["clip", "gradient_checkpointing"])
-def test_what_needs_a_gradient_is_refused_where_there_is_none(
-    configure: Configure, field: str
+@pytest.mark.parametrize(
+    ("method", "field", "value"),
+    [("zo", "clip", 1.0), ("sgc", "clip", 1.0), ("zo", "gradient_checkpointing", True)],
+)
+def test_what_would_have_no_effect_is_refused(
+    configure: Configure, method: MethodName, field: str, value: object
 ) -> None:
-    with pytest.raises(ConfigError, match=rf"^{field} needs a gradient.*zeroth-order"):
-        configure(method="zo", **{field: True})
+    updater = METHODS[method].updater
+    with pytest.raises(ConfigError, match=rf"^{field} .*{updater}"):
+        configure(method=method, **{field: value})
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("sgc", "zo")])
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "zo"])
 def test_a_method_lowers_the_loss(configure: Configure, method: MethodName) -> None:
     losses = run(configure(method=method, max_steps=12, rank=8, fisher_samples=4)).losses
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])

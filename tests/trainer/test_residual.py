@@ -18,11 +18,11 @@ from spieldose_trainer.trainer import Trainer
 from .configuration import Configure
 from .runs import adapter_of, run
 
-SELECTORS = [name for name in get_args(SelectorName) if name != "largest"]
+SELECTORS = get_args(SelectorName)
 
 
 def updater(selector: str) -> str:
-    return "sm3" if selector == "momentum" else "adamw"
+    return {"momentum": "sm3", "largest": "compressed-adam"}.get(selector, "adamw")
 
 
 @pytest.fixture

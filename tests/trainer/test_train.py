@@ -240,7 +240,8 @@ def test_the_command_explains_every_setting() -> None:
     done = spieldose("train", "--help")
     assert done.returncode == 0
     assert "--density" in done.stdout
-    assert "share of the target layers' weights that may change" in " ".join(done.stdout.replace("│", "").split())
+    said = " ".join(done.stdout.replace("│", "").split())
+    assert "share of the target layers' weights that may change" in said
 
 
 def test_the_command_refuses_a_missing_data_file_in_one_line(configure: Configure) -> None:

@@ -26,6 +26,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "spiel-ma": {},
     "zo": {"density": 0.05},
     "lift": {"rank": 8},
+    "sgc": {"chunk": 256},
     "fisher": {"fisher_samples": 4, "allocation": "global", "density": 0.002},
     "random": {"packing": True, "max_length": 64, "batch_size": 2, "max_steps": None},
 }
@@ -46,7 +47,7 @@ def settings(base: Path, directory: Path) -> dict[str, Any]:
         "base": str(base),
         "data": data,
         "eval_data": data,
-        "max_steps": 7,
+        "max_steps": 6,
         "batch_size": BATCH,
         "density": 0.05,
         "learning_rate": 1e-3,
@@ -69,7 +70,7 @@ def one_run(config: TrainConfig) -> dict[str, Any]:
         "tokens": [update.tokens for update in result.log.updates],
         "held out": [look.loss for look in result.log.evaluations],
         "positions": {n: flat_positions(layer) for n, layer in trainer.model.layers.items()},
-        "values": {n: layer.values.detach() for n, layer in trainer.model.layers.items()},
+        "values": {n: layer.values.detach().clone() for n, layer in trainer.model.layers.items()},
     }
     trainer.save()
     return found
@@ -111,7 +112,7 @@ def asked(name: str, base: Path, directory: Path, *, processes: int) -> dict[str
 
 
 def interrupted(number: int, base: Path, directory: Path) -> dict[str, Any]:
-    """Press Ctrl-C in one process, ask for another run's settings, and go on."""
+    """Press Ctrl-C in one process, keep the checkpoint, and go on from it."""
     wanted = asked("spiel-ag", base, directory, processes=2)
     wanted["out"] = directory / "interrupted.safetensors"
     trainer = Trainer(TrainConfig(**wanted))

@@ -111,9 +111,10 @@ class TrainConfig:
             raise ConfigError("patience needs eval_data, got none")
         if self.start == "residual" and not self.quantised:
             raise ConfigError("start=residual needs a quantised base: another one rounded nothing")
-        for name in ("clip", "gradient_checkpointing"):
-            if getattr(self, name) and choice.updater == "zeroth-order":
-                raise ConfigError(f"{name} needs a gradient, updater zeroth-order has none")
+        if self.clip is not None and choice.updater in ("zeroth-order", "compressed-adam"):
+            raise ConfigError(f"clip limits a gradient that updater {choice.updater} does not use")
+        if self.gradient_checkpointing and choice.updater == "zeroth-order":
+            raise ConfigError("gradient_checkpointing is for backward: zeroth-order has none")
 
     def _check_names(self) -> None:
         """Raise ConfigError for a name that is not among those its setting knows."""
