@@ -1,0 +1,87 @@
+"""What a run leaves beside its delta file, and what a plan says before there is a run."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from spieldose_trainer import command_line, loop, trainer
+from spieldose_trainer.evaluation import Evaluation
+from spieldose_trainer.trainer import Trainer, train
+
+from .configuration import Configure, configuration
+from .runs import run
+
+
+def test_the_folder_holds_the_delta_file_and_the_report(configure: Configure) -> None:
+    config = configure(description="<sums>")
+    train(config)
+    assert (config.folder / config.out.name).read_bytes() == config.out.read_bytes()
+    report = json.loads((config.folder / "report.json").read_text())
+    assert len(report["log"]["updates"]["loss"]) == 10
+    page = (config.folder / "report.html").read_text()
+    assert "&lt;sums&gt;" in page and "<sums>" not in page
+
+
+def test_tensorboard_shows_the_losses(configure: Configure) -> None:
+    config = configure(max_steps=3)
+    losses = train(config).losses
+    log = EventAccumulator(str(config.folder / "tensorboard")).Reload()
+    shown = [event.value for event in log.Scalars("train/loss")]
+    assert shown == pytest.approx(losses, rel=1e-5)
+
+
+@pytest.mark.parametrize(("method", "bytes_per_value"), [("spiel-ag", 12), ("zo", 0)])
+def test_the_memory_of_moments_is_measured(
+    configure: Configure, method: str, bytes_per_value: int
+) -> None:
+    trainer = Trainer(configure(method=method, selector=None, density=0.05, max_steps=3))
+    trainer.train()
+    trainer.save()
+    assert trainer.memory is not None
+    assert trainer.memory.moments == bytes_per_value * trainer.memory.entries
+
+
+def test_spiel_ma_keeps_no_state_per_value(configure: Configure) -> None:
+    memories = []
+    for method in ("spiel-ma", "spiel-ag"):
+        trainer = Trainer(configure(method=method, max_steps=3, out=configure().out))
+        trainer.train()
+        trainer.save()
+        memories.append(trainer.memory)
+    momentum, gradients = memories
+    assert momentum is not None and gradients is not None
+    rows_and_columns = sum(sum(layer.shape) for layer in trainer.model.layers.values())
+    assert momentum.moments == 4 * rows_and_columns
+    assert momentum.moments <= gradients.moments / 2
+
+
+def test_ages_are_left_out_where_the_best_deltas_had_another_support(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(trainer, "write_report", lambda *_, born, **__: seen.append(born))
+    for losses in ([3.0, 2.0, 1.0], [3.0, 1.0, 2.0]):  # before the first update, after 5 and 10
+        looks = iter([Evaluation(loss=loss, tokens=1, exact_match=None) for loss in losses])
+        monkeypatch.setattr(loop, "evaluate", lambda *_, looks=looks, **__: next(looks))
+        run(configure(eval_data=configure().data, eval_every=5))
+    assert seen[0] is not None and seen[1] is None
+
+
+def test_a_plan_loads_nothing(
+    tiny_directory: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("a base was loaded")
+
+    monkeypatch.setattr(trainer, "load_base", forbidden)
+    config = configuration(tiny_directory, tmp_path)()
+    command_line.train(
+        ["--base", config.base, "--data", str(config.data), "--out", str(config.out), "--plan"]
+    )
+    assert "q_proj" in capsys.readouterr().out
+    assert not config.folder.exists()
