@@ -15,6 +15,7 @@ import torch
 from spieldose_kernels.base import Base
 from spieldose_kernels.delta import SparseDelta
 from spieldose_kernels.linear import TrainableDelta
+from spieldose_trainer import trainer
 from spieldose_trainer.model import SparseModel
 from spieldose_trainer.selectors.accumulated_gradients import AccumulatedGradients
 from spieldose_trainer.selectors.first_support import random_support
@@ -156,6 +157,12 @@ def little_garbage() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave a run's report away: its plots take longer than all the rest of a short run."""
+    monkeypatch.setattr(trainer, "write_report", lambda *_, **__: None)
 
 
 @pytest.fixture

@@ -19,6 +19,8 @@ from spieldose_trainer.updaters.adamw import SparseAdamW
 
 from .configuration import Configure
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 
 def test_five_lines_train_an_adapter(configure: Configure) -> None:
     from spieldose_trainer import TrainConfig, Trainer

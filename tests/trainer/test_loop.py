@@ -16,6 +16,8 @@ from spieldose_trainer.trainer import Trainer
 from .configuration import Configure
 from .runs import adapter_of, assert_same_run, interrupt, run, write_lines
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 HELD_OUT = [{"prompt": f"{a}+", "completion": f"is {a * 3}"} for a in (11, 12, 20)]
 # how runs may differ in what a checkpoint must hold, beside their method
 KINDS: dict[str, dict[str, Any]] = {

@@ -14,6 +14,8 @@ from spieldose_trainer.support import flat_positions
 from .configuration import Configure
 from .runs import adapter_of, assert_same_deltas, run
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 PAIRS = list(product(get_args(SelectorName), get_args(UpdaterName)))
 
 

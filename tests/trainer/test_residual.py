@@ -18,6 +18,8 @@ from spieldose_trainer.trainer import Trainer
 from .configuration import Configure
 from .runs import adapter_of, run
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 SELECTORS = get_args(SelectorName)
 
 

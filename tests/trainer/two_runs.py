@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
+from spieldose_trainer import trainer
 from spieldose_trainer.config import TrainConfig
 from spieldose_trainer.errors import Interrupted
 from spieldose_trainer.support import flat_positions
@@ -63,16 +64,16 @@ def settings(base: Path, directory: Path) -> dict[str, Any]:
 
 def one_run(config: TrainConfig) -> dict[str, Any]:
     """Train and save; return what came out."""
-    trainer = Trainer(config)
-    result = trainer.train()
+    run = Trainer(config)
+    result = run.train()
     found = {
         "losses": result.losses,
         "tokens": [update.tokens for update in result.log.updates],
         "held out": [look.loss for look in result.log.evaluations],
-        "positions": {n: flat_positions(layer) for n, layer in trainer.model.layers.items()},
-        "values": {n: layer.values.detach().clone() for n, layer in trainer.model.layers.items()},
+        "positions": {n: flat_positions(layer) for n, layer in run.model.layers.items()},
+        "values": {n: layer.values.detach().clone() for n, layer in run.model.layers.items()},
     }
-    trainer.save()
+    run.save()
     return found
 
 
@@ -82,6 +83,7 @@ def rank(number: int, base: Path, directory: Path) -> None:
     os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
     gc.freeze()  # as in conftest: every run begins with a collection
+    trainer.write_report = lambda *_, **__: None  # nor wait for plots
     printed = os.open(directory / f"{number}.txt", os.O_WRONLY | os.O_CREAT)
     os.dup2(printed, 1)
     os.dup2(printed, 2)
@@ -115,15 +117,15 @@ def interrupted(number: int, base: Path, directory: Path) -> dict[str, Any]:
     """Press Ctrl-C in one process, keep the checkpoint, and go on from it."""
     wanted = asked("spiel-ag", base, directory, processes=2)
     wanted["out"] = directory / "interrupted.safetensors"
-    trainer = Trainer(TrainConfig(**wanted))
+    run = Trainer(TrainConfig(**wanted))
     if number == 1:
-        trainer._loop.add_callback(Interrupt())
+        run._loop.add_callback(Interrupt())
     try:
-        trainer.train()
+        run.train()
     except Interrupted as error:
         said = str(error)
     if number == 0:
-        shutil.copytree(trainer.config.checkpoints, directory / "checkpoints")
+        shutil.copytree(run.config.checkpoints, directory / "checkpoints")
     return one_run(TrainConfig(**wanted, resume=True)) | {"said": said}
 
 

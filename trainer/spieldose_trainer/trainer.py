@@ -116,7 +116,7 @@ class Trainer:
         )
 
     def save(self) -> Path:
-        """Write the delta file and drop the checkpoints; return its path.
+        """Write the delta file and its report, drop the checkpoints; return the file's path.
 
         Raises CheckpointError, and keeps the checkpoints, if it cannot be written.
         """
@@ -124,11 +124,12 @@ class Trainer:
         if is_first_rank():
             try:
                 write_delta(config.out, self.adapter())
+                self._report()
             except OSError as error:
                 raise CheckpointError(
-                    f"expected to write {config.out}, got: {error}; --resume tries it again"
+                    f"expected to write {config.out} and its report, got: {error}; "
+                    "--resume tries it again"
                 ) from error
-            self._report()
             shutil.rmtree(config.checkpoints, ignore_errors=True)
             config.best.unlink(missing_ok=True)
         return config.out
