@@ -7,6 +7,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from spieldose_trainer import command_line, loop, trainer
+from spieldose_trainer.errors import CheckpointError
 from spieldose_trainer.evaluation import Evaluation
 from spieldose_trainer.trainer import Trainer, train
 
@@ -85,3 +86,18 @@ def test_a_plan_loads_nothing(
     )
     assert "q_proj" in capsys.readouterr().out
     assert not config.folder.exists()
+
+
+def test_a_run_that_failed_after_its_last_update_is_reported_by_resuming(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def disk_full(*_: object) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patched, pytest.raises(CheckpointError, match="disk full"):
+        patched.setattr(trainer, "write_delta", disk_full)
+        train(configure())
+    train(configure(resume=True))
+    report = json.loads((configure().folder / "report.json").read_text())
+    assert report["memory"]["moments"] == 12 * report["memory"]["entries"]
+    assert len(report["log"]["updates"]["loss"]) == 10

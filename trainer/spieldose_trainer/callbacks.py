@@ -26,7 +26,7 @@ class Recorder(TrainerCallback):
     ) -> None:
         self.selector = selector
         self.log = RunLog()
-        self.memory: MemoryTable | None = None  # of the latest update
+        self.memory: MemoryTable | None = None  # known from the first update on
         self._layers = layers
         self._method = method
         self._tokens = 0  # of the running update
@@ -54,8 +54,10 @@ class Recorder(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Measure the memory while gradients and moments are both there."""
-        self.memory = measure_memory(self._layers, kwargs["optimizer"], method=self._method)
+        """Measure the memory once, while gradients and moments are both there."""
+        if self.memory is None:
+            optimizer = kwargs["optimizer"]
+            self.memory = measure_memory(self._layers, optimizer, method=self._method)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

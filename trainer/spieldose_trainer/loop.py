@@ -4,6 +4,7 @@ import math
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from spieldose_trainer.config import TrainConfig
 from spieldose_trainer.data import Example
 from spieldose_trainer.errors import CheckpointError, NonFiniteLoss
 from spieldose_trainer.evaluation import evaluate
+from spieldose_trainer.memory import MemoryTable
 from spieldose_trainer.model import SparseModel
 from spieldose_trainer.ranks import mean_over_ranks
 from spieldose_trainer.run_log import Evaluation
@@ -180,6 +182,7 @@ class Loop(HuggingFaceTrainer):
         state = {
             "selector": self.recorder.selector.state_dict(),
             "log": self.recorder.log.state_dict(),
+            "memory": asdict(self.recorder.memory) if self.recorder.memory else None,
             "born": {name: layer.born for name, layer in self.sparse_model.layers.items()},
         }
         torch.save(state, directory / RUN_STATE)
@@ -192,6 +195,7 @@ class Loop(HuggingFaceTrainer):
         )
         self.recorder.selector.load_state_dict(state["selector"])
         self.recorder.log.load_state_dict(state["log"])
+        self.recorder.memory = MemoryTable.of(state["memory"]) if state["memory"] else None
         for name, layer in self.sparse_model.layers.items():
             layer.born.copy_(state["born"][name])
 

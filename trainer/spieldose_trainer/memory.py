@@ -41,6 +41,12 @@ class MemoryTable:
     peak: int  # of the process; on CUDA, of what PyTorch allocated there
     paper: PaperBytes | None  # None: no paper to compare with
 
+    @classmethod
+    def of(cls, saved: Mapping[str, Any]) -> "MemoryTable":
+        """Return what `dataclasses.asdict` took apart."""
+        paper = saved["paper"]
+        return cls(**(dict(saved) | {"paper": None if paper is None else PaperBytes(**paper)}))
+
     @property
     def total(self) -> int:
         """Return the bytes of values, positions, gradients and moments together."""

@@ -123,8 +123,9 @@ class Trainer:
         config = self.config
         if is_first_rank():
             try:
-                write_delta(config.out, self.adapter())
-                self._report()
+                adapter = self.adapter()
+                write_delta(config.out, adapter)
+                self._report(adapter)
             except OSError as error:
                 raise CheckpointError(
                     f"expected to write {config.out} and its report, got: {error}; "
@@ -134,19 +135,20 @@ class Trainer:
             config.best.unlink(missing_ok=True)
         return config.out
 
-    def _report(self) -> None:
+    def _report(self, adapter: Adapter) -> None:
         """Put the delta file and the run's report into the run's folder."""
         config, recorder = self.config, self._loop.recorder
         _link(config.out, config.folder / config.out.name)
-        if recorder.memory is None:
-            return  # all updates were made before: this process has nothing to tell
+        if recorder.memory is None:  # not trained
+            return
         looks = recorder.log.evaluations
         newest = not looks or min(looks, key=lambda look: look.loss) is looks[-1]
         born = {name: layer.born.cpu() for name, layer in self.model.layers.items()}
-        self.memory = replace(recorder.memory, peak=peak_bytes(self.base.model.device))
+        peak = max(recorder.memory.peak, peak_bytes(self.base.model.device))
+        self.memory = replace(recorder.memory, peak=peak)
         write_report(
             config.folder,
-            adapter=self.adapter(),
+            adapter=adapter,
             log=recorder.log,
             born=born if newest else None,  # earlier deltas had another support
             settings=config.settings(),

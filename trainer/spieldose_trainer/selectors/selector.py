@@ -1,5 +1,6 @@
 """What every selector answers to; by itself, a support that stays as it is."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -45,7 +46,7 @@ class Reselections(Protocol):
         ...
 
 
-class Reselector(Selector):
+class Reselector(Selector, ABC):
     """Exchange entries of every layer whenever that is due; subclasses say which."""
 
     def __init__(
@@ -68,9 +69,9 @@ class Reselector(Selector):
         self.lost = (max(0.0, 1 - self._norm() / before) if before else 0.0) ** 0.5
         return replaced
 
+    @abstractmethod
     def reselect(self, name: str, update: int) -> int:
         """Change one layer's support; return how many entries were replaced."""
-        raise NotImplementedError
 
     def exchange(
         self, name: str, *, keep: torch.Tensor, grown: torch.Tensor, update: int

@@ -1,7 +1,7 @@
 """AdamW in which every value has its own age."""
 
-from collections.abc import Callable, Iterable
-from typing import Any, overload
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -57,22 +57,10 @@ class SparseAdamW(Updater):
         state["exp_avg_sq"][where] = mean_square * (1 - beta2**age)
         state["age"][where] = float(age)
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def move(self) -> None:
         """Make one update of every value that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for values in group["params"]:
-                if values.grad is not None:
-                    _adamw(values, values.grad.float(), self.moments(values), group)
-        return loss
+        for values, gradient, group in self.gradients():
+            _adamw(values, gradient, self.moments(values), group)
 
 
 def _adamw(

@@ -1,9 +1,9 @@
 """How weights move when Adam's moments are kept compressed (SGC)."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
-from typing import Any, overload
+from typing import Any
 
 import torch
 
@@ -29,7 +29,7 @@ class CompressedAdam(Updater):
     the step is recovered from them at s positions. MESGC compresses the gradient itself; with a
     rank, CESGC compresses its projection to that rank, and starts the moments anew with each.
 
-    `watch` sees a layer's backward passes. `step` leaves in `changes` how the layer's weights are
+    `watch` sees a layer's backward passes. A step leaves in `changes` how the layer's weights are
     to move, wherever they are: a selector decides which of them the support has room for. Of the
     values themselves it only decays (decoupled). Clipping never sees the gradients; Adam's step
     does not depend on their scale.
@@ -69,17 +69,8 @@ class CompressedAdam(Updater):
             return self._gradients[name].observe
         return partial(self._observe_projected, name)
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def move(self) -> None:
         """Advance the moments of every layer that was watched and say how its weights move."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         group = self.param_groups[0]
         self.changes, self.omitted = {}, {}
         for name, layer in self.layers.items():
@@ -87,7 +78,6 @@ class CompressedAdam(Updater):
             if largest is not None:
                 layer.values.mul_(1 - group["lr"] * group["weight_decay"])
                 self._spread(name, *self._advance(name, *largest))
-        return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a `state_dict` taken between two updates.

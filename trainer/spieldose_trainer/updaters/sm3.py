@@ -1,7 +1,6 @@
 """SM3 over a sparse support: one accumulator per row and per column, none per value."""
 
-from collections.abc import Callable, Iterable
-from typing import overload
+from collections.abc import Iterable
 
 import torch
 
@@ -38,22 +37,10 @@ class SM3(Updater):
             state["column"] = values.new_zeros(layer.width, dtype=torch.float32)
         return state["row"], state["column"]
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def move(self) -> None:
         """Make one update of every value that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for values in group["params"]:
-                if values.grad is not None:
-                    self._move(values, values.grad.float(), group)
-        return loss
+        for values, gradient, group in self.gradients():
+            self._move(values, gradient, group)
 
     def _move(
         self, values: torch.nn.Parameter, gradient: torch.Tensor, group: dict[str, float]

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -54,9 +53,8 @@ class ZerothOrder(Updater):
         """Take in one batch's share of the losses at δ + εz and δ − εz."""
         self._slope += (plus - minus) / (2 * self.param_groups[0]["epsilon"])
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # losses are observed
-        """Make one update of all values; forgets the losses observed."""
+    def move(self) -> None:
+        """Make one update of all values by the losses observed; forgets these."""
         group = self.param_groups[0]
         slope = float(mean_over_ranks(torch.tensor(self._slope, dtype=torch.float64)))
         for index, layer in enumerate(self._layers):
