@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from spieldose_trainer.counted_logits import counted_only
 from spieldose_trainer.data import IGNORED, Example, collate
 
 SPARE = 4  # tokens read beyond an answer's length: a reply may go on after a space
@@ -69,7 +70,7 @@ def _loss(model: PreTrainedModel, examples: Sequence[Example], *, pad: int) -> t
     """Return the mean loss over a batch's counted tokens, and their number."""
     batch = {k: tensor.to(model.device) for k, tensor in collate(examples, pad=pad).items()}
     count = int((batch["labels"][:, 1:] != IGNORED).sum())
-    return float(model(**batch, use_cache=False).loss), count
+    return float(model(**counted_only(model, batch), use_cache=False).loss), count
 
 
 def _matches(

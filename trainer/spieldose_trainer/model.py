@@ -9,6 +9,7 @@ from torch import nn
 from spieldose_kernels.base import Base
 from spieldose_kernels.delta import Adapter, AdapterInfo, SparseDelta, index_dtype
 from spieldose_kernels.linear import TrainableDelta, attach
+from spieldose_trainer.counted_logits import counted_only
 
 
 class SparseModel(nn.Module):
@@ -62,8 +63,8 @@ class SparseModel(nn.Module):
         return all(bool(layer.values.isfinite().all()) for layer in self.layers.values())
 
     def forward(self, **inputs: Any) -> Any:
-        """Run the base with its deltas; arguments and result are the base model's."""
-        return self.model(**inputs, use_cache=False)
+        """Run the base with its deltas; its loss, and logits only where that needs any."""
+        return self.model(**counted_only(self.model, inputs), use_cache=False)
 
     def activation_checkpointing_enable(self, **arguments: Any) -> None:
         """Recompute activations in backward."""

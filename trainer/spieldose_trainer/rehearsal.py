@@ -28,8 +28,9 @@ def rehearse(
     """Return the most bytes a forward pass, and its backward pass, hold beside model and deltas.
 
     Runs the model's own code with Z entries over each of `supports`, (R, C, Z) by name. That covers
-    activations, logits, temporaries and the values' gradients, with fused attention over a batch
-    that has padding. None for a model that cannot run without data, as some mixtures of experts.
+    activations, temporaries and the values' gradients, with fused attention over a batch that has
+    padding, and logits as if every token counted. None for a model that cannot run without data, as
+    some mixtures of experts.
     """
     try:
         with _quiet(), FakeTensorMode():
