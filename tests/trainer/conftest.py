@@ -50,6 +50,7 @@ class Toy:
         decay: str = "linear",
         method: str = "spiel-ag",
         since_reselection: bool = False,
+        seed_momentum: bool = True,
     ) -> None:
         generator = torch.Generator().manual_seed(1)
         self.accumulation = accumulation
@@ -64,6 +65,7 @@ class Toy:
             every=every, steps=steps, initial_rate=0.4, decay=decay, total=total
         )
         self.since_reselection = since_reselection
+        self.seed_momentum = seed_momentum
         layers, settings = self.layers, {"lr": 1e-2, "weight_decay": weight_decay}
         self.updater = (
             SparseAdamW([layer.values for layer in layers.values()], **settings)
@@ -71,7 +73,7 @@ class Toy:
             else SM3(layers.values(), **settings)
         )
         kind: Any = (
-            partial(AccumulatedGradients, passes=accumulation)
+            partial(AccumulatedGradients, passes=accumulation, seed_momentum=seed_momentum)
             if method == "spiel-ag"
             else MomentumApproximation
         )

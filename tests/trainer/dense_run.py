@@ -111,7 +111,8 @@ class DenseGradientRun(DenseRun):
         beta1, beta2 = self.toy.updater.param_groups[0]["betas"]
         n, fresh = self.toy.schedule.steps, self.fresh
         self.age[name][fresh] = n
-        self.first[name][fresh] = self.total[name][fresh] / n * (1 - beta1**n)
+        mean = self.total[name][fresh] / n if self.toy.seed_momentum else 0.0
+        self.first[name][fresh] = mean * (1 - beta1**n)
         self.second[name][fresh] = self.square[name][fresh] / n * (1 - beta2**n)
 
 

@@ -139,6 +139,11 @@ def test_the_least_changed_since_the_last_reselection_may_leave_instead(
     assert_follows(toy, dense(toy))
 
 
+def test_newcomers_may_start_without_momentum(make_toy: Callable[..., Any]) -> None:
+    toy = make_toy(every=10, seed_momentum=False)
+    assert_follows(toy, DenseGradientRun(toy))
+
+
 @pytest.mark.parametrize("accumulation", [2, 3])
 def test_accumulated_updates_follow_a_dense_float64_run(
     make_toy: Callable[..., Any], accumulation: int

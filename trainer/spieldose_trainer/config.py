@@ -75,6 +75,7 @@ class TrainConfig:
     )
     rate_schedule: Literal["linear", "cosine"] = "linear"  # how that share falls
     drop: Literal["smallest", "least-changed"] = "smallest"  # |δ|, or since the last reselection
+    seed_momentum: bool = True  # a grown entry's momentum is its mean gradient so far, otherwise 0
     allocation: Literal["layer", "global"] = "layer"  # compare scores within layers or overall
     fisher_data: Path | None = None  # text for the Fisher scores; none: the training data
     fisher_samples: int = 64  # examples of it

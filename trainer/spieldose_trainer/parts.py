@@ -111,6 +111,7 @@ def make_selector(
                 schedule=schedule,
                 since_reselection=least_changed,
                 passes=config.accumulation,
+                seed_momentum=config.seed_momentum,
             )
         case "principal":
             return Principal(

@@ -31,13 +31,19 @@ class AccumulatedGradients(Spiel):
         schedule: ReselectionSchedule,
         since_reselection: bool = False,
         passes: int = 1,
+        seed_momentum: bool = True,
     ) -> None:
-        """Take `passes`, the forward passes of an update, besides what all variants take."""
+        """Take `passes`, the forward passes of an update, besides what all variants take.
+
+        Without `seed_momentum` newcomers take over the spread of their gradients, not the mean: at
+        small batches whatever is grown was chosen for its noise, and the mean goes on about it.
+        """
         super().__init__(
             layers, updater=updater, schedule=schedule, since_reselection=since_reselection
         )
         self.candidates: dict[str, Candidates] = {}  # empty outside a phase
         self._spare = 1 if passes == 1 else SPARE
+        self._seed_momentum = seed_momentum
 
     def begin_update(self, update: int) -> None:
         """Watch the backward passes of this update if it belongs to a selection phase."""
@@ -72,10 +78,11 @@ class AccumulatedGradients(Spiel):
         )
         grown = watcher.positions[grow]
         newcomers = self.exchange(name, keep=keep, grown=grown, update=update)
+        mean = watcher.total[grow] / watcher.samples
         self.updater.seed(
             layer.values,
             newcomers,
-            mean=watcher.total[grow] / watcher.samples,
+            mean=mean if self._seed_momentum else torch.zeros_like(mean),
             mean_square=watcher.total_square[grow] / watcher.samples,
             age=watcher.samples,
         )
