@@ -4,16 +4,21 @@
 demo's base for the same number of updates on the same batches with as many parameters. A method's
 learning rate is the best of three on seed 0; three seeds follow at that rate. Each finished run is
 a line of benchmarks/results/quality.jsonl, so that a broken-off benchmark goes on where it was.
+Two methods run at a time, each on one thread: losses only, times are for --speed.
 Prints the README's table.
 """
 
 import csv
 import json
+import math
+import os
+import shutil
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -40,18 +45,27 @@ SEEDS = (0, 1, 2)
 RANK = 3  # LoRA's and SHiRA's: both then have 3·(R + C) parameters a layer,
 DENSITY = 915_840 / 106_168_320  # which is this share of SmolLM2-135M's linear weights
 
+# SpIEL's phases are laid out for thousands of updates: here one opens every 10, and more is changed
+SPIEL = {"reselect_every": 10, "initial_rate": 0.6}
+RATES = (2e-3, 6e-3, 2e-2)  # of Adam on weights chosen by gradients or magnitude
+HIGHER = (6e-3, 2e-2, 6e-2)  # what random weights bear, and SM3, whose steps only shrink
+
 # name: what is trained, and the learning rates to choose from
 METHODS: dict[str, tuple[dict[str, Any], tuple[float, float, float]]] = {
-    "spiel-ag": ({"method": "spiel-ag"}, (5e-4, 1e-3, 2e-3)),
-    "spiel-ag, 16 bit": ({"method": "spiel-ag", "quantised": False}, (5e-4, 1e-3, 2e-3)),
-    "LoRA (PEFT)": ({"peft": "lora"}, (5e-4, 1e-3, 2e-3)),
-    "SHiRA random, 16 bit (PEFT)": ({"peft": "shira"}, (5e-4, 1e-3, 2e-3)),
-    "spiel-ma": ({"method": "spiel-ma"}, (1e-3, 2e-3, 4e-3)),
-    "random": ({"method": "random"}, (5e-4, 1e-3, 2e-3)),
-    "fisher": ({"method": "fisher"}, (5e-4, 1e-3, 2e-3)),
-    "magnitude": ({"method": "magnitude"}, (5e-4, 1e-3, 2e-3)),
-    "row-topk": ({"method": "row-topk"}, (5e-4, 1e-3, 2e-3)),
-    "lift": ({"method": "lift", "reselect_every": 20}, (5e-4, 1e-3, 2e-3)),
+    "spiel-ag": ({"method": "spiel-ag", "seed_momentum": False} | SPIEL, RATES),
+    "spiel-ag, 16 bit": (
+        {"method": "spiel-ag", "seed_momentum": False, "quantised": False} | SPIEL,
+        RATES,
+    ),
+    "LoRA (PEFT)": ({"peft": "lora"}, (3e-3, 1e-2, 3e-2)),
+    "SHiRA random, 16 bit (PEFT)": ({"peft": "shira"}, HIGHER),
+    "spiel-ag, momentum seeded": ({"method": "spiel-ag"} | SPIEL, (6e-4, 2e-3, 6e-3)),
+    "spiel-ma": ({"method": "spiel-ma"} | SPIEL, HIGHER),
+    "random": ({"method": "random"}, HIGHER),
+    "fisher": ({"method": "fisher"}, RATES),
+    "magnitude": ({"method": "magnitude"}, RATES),
+    "row-topk": ({"method": "row-topk"}, RATES),
+    "lift": ({"method": "lift", "reselect_every": 20}, RATES),
     "sgc": ({"method": "sgc"}, (3e-5, 1e-4, 3e-4)),
     "zo, 0.1 %": ({"method": "zo", "density": 0.001}, (1e-4, 3e-4, 1e-3)),
 }
@@ -69,9 +83,10 @@ class Task:
 
 
 TASKS = (
-    Task("banking77", updates=40, batch_size=8, held_out=200, max_length=128),
+    Task("banking77", updates=40, batch_size=16, held_out=200, max_length=128),
     Task("gsm8k", updates=24, batch_size=4, held_out=60, max_length=384),
 )
+WARMUP = 0.1  # share of the updates
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +109,7 @@ class Arguments:
     speed: bool = False  # measure step times and peak memory instead, about 5 minutes
     table: bool = False  # print the table of the results there are
     side: str = ""  # one side's steps, in a process of its own; used by --speed
+    cell: str = ""  # TASK/METHOD, all its runs, in a process of its own; used by the benchmark
 
 
 def main() -> None:
@@ -110,6 +126,8 @@ def main() -> None:
         sys.exit("quality: expected --data DIR with banking77_*.csv and gsm8k_*.jsonl, got none")
     elif arguments.side:
         print(json.dumps(steps_of(arguments.side, base, arguments.data)))
+    elif arguments.cell:
+        fill(arguments.cell, base, arguments)
     elif arguments.speed:
         speed(arguments.data)
     else:
@@ -118,64 +136,84 @@ def main() -> None:
 
 
 def measure(base: str, arguments: Arguments) -> None:
-    """Make every run that has no result yet, the learning rates first, until time is up."""
+    """Make every run that has no result yet, two methods at a time, until time is up."""
+    assert arguments.data is not None
     end = time.monotonic() + 60 * arguments.minutes
     for task in TASKS:
-        data = write_data(task, arguments.data or Path())
+        data = write_data(task, arguments.data)
         if not any(r["method"] == "base" and r["task"] == task.name for r in read_results()):
             loss = base_loss(base, task, data)
             append({"task": task.name, "method": "base", "loss": loss})
-        for method in arguments.only or METHODS:
-            while (run := next_run(task, method)) is not None:
-                if time.monotonic() > end:
-                    return
-                begun = time.perf_counter()
-                result = train(run, task, base, data)
-                append(asdict(run) | result | {"seconds": round(time.perf_counter() - begun, 1)})
-                print(run, result, flush=True)
+
+    def run(cell: str) -> None:
+        left = (end - time.monotonic()) / 60
+        if left > 0 and next_run(*cell.split("/")) is not None:
+            command = [sys.executable, __file__, "--cell", cell, "--minutes", str(left)]
+            one_thread = dict.fromkeys(("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
+            subprocess.run(
+                [*command, "--data", str(arguments.data)], check=True, env=os.environ | one_thread
+            )
+
+    cells = [f"{task.name}/{name}" for task in TASKS for name in arguments.only or METHODS]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, cells))
 
 
-def next_run(task: Task, method: str) -> Run | None:
+def fill(cell: str, base: str, arguments: Arguments) -> None:
+    """Make all runs of one method on one task, the learning rates first."""
+    end = time.monotonic() + 60 * arguments.minutes
+    name, _, method = cell.partition("/")
+    task = next(task for task in TASKS if task.name == name)
+    folder = WORK / cell.replace("/", "-").replace(" ", "-")
+    while time.monotonic() < end and (run := next_run(name, method)) is not None:
+        begun = time.perf_counter()
+        result = train(run, task, base, files_of(task), folder)
+        append(asdict(run) | result | {"seconds": round(time.perf_counter() - begun, 1)})
+        print(run, round(result["loss"], 4), flush=True)
+
+
+def next_run(task: str, method: str) -> Run | None:
     """Return the first run of a method that is missing."""
-    done = [r for r in read_results() if (r["task"], r["method"]) == (task.name, method)]
+    done = [r for r in read_results() if (r["task"], r["method"]) == (task, method)]
     for rate in METHODS[method][1]:
         if not any((r["learning_rate"], r["seed"]) == (rate, 0) for r in done):
-            return Run(task.name, method, rate, 0)
+            return Run(task, method, rate, 0)
     best = min((r for r in done if r["seed"] == 0), key=lambda r: r["loss"])["learning_rate"]
     for seed in SEEDS:
         if not any((r["learning_rate"], r["seed"]) == (best, seed) for r in done):
-            return Run(task.name, method, best, seed)
+            return Run(task, method, best, seed)
     return None
 
 
-def train(run: Run, task: Task, base: str, data: tuple[Path, Path]) -> dict[str, Any]:
+def train(run: Run, task: Task, base: str, data: tuple[Path, Path], folder: Path) -> dict[str, Any]:
     """Make one run; return its held-out loss, and what else is worth keeping."""
+    shutil.rmtree(folder, ignore_errors=True)
     settings, _ = METHODS[run.method]
     if "peft" in settings:
-        return train_peft(settings["peft"], run, task, base, data)
+        return train_peft(settings["peft"], run, task, base, data, folder)
     config = TrainConfig(
         **({"density": DENSITY} | settings),
         base=base,
         data=data[0],
-        eval_data=data[1],
-        eval_every=task.updates,
-        out=WORK / f"{task.name}.safetensors",
+        out=folder / "delta.safetensors",
         max_steps=task.updates,
         batch_size=task.batch_size,
         max_length=task.max_length,
         too_long="truncate",
         learning_rate=run.learning_rate,
+        warmup=WARMUP,
         seed=run.seed,
     )
     trainer = SparseTrainer(config)
     log = trainer.train().log
-    parameters = sum(layer.values.numel() for layer in trainer.model.layers.values())
-    trainer.save()
+    read = partial(read_examples, data[1], max_length=task.max_length, too_long=config.too_long)
     return {
-        "loss": log.evaluations[-1].loss,
+        "loss": held_out_loss(
+            trainer.base.model, trainer.base.tokenizer, read(trainer.base.tokenizer)
+        ),
         "train_losses": [round(update.loss, 4) for update in log.updates],
         "step": statistics.median(update.seconds for update in log.updates),
-        "parameters": parameters,
+        "parameters": sum(layer.values.numel() for layer in trainer.model.layers.values()),
     }
 
 
@@ -197,7 +235,7 @@ class Steps(TrainerCallback):
 
 
 def train_peft(
-    kind: str, run: Run, task: Task, base: str, data: tuple[Path, Path]
+    kind: str, run: Run, task: Task, base: str, data: tuple[Path, Path], folder: Path
 ) -> dict[str, Any]:
     """Train PEFT's LoRA or SHiRA with its Trainer's AdamW, on the same batches."""
     dtype = pick_compute_dtype("auto", CPU)
@@ -223,9 +261,9 @@ def train_peft(
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
-            output_dir=str(WORK / "peft"),
+            output_dir=str(folder),
             max_steps=task.updates,
-            warmup_steps=max(1, round(0.03 * task.updates)),
+            warmup_steps=math.ceil(WARMUP * task.updates),
             per_device_train_batch_size=task.batch_size,
             learning_rate=run.learning_rate,
             weight_decay=0.0,
@@ -299,9 +337,9 @@ def steps_of(side: str, base: str, source: Path) -> dict[str, float]:
     """Make a dozen steps of one side; return their median time and the process's peak memory."""
     import resource
 
-    task = Task("banking77", updates=26, batch_size=8, held_out=8, max_length=128)
-    data = write_data(task, source)
-    result = train(Run(task.name, side, METHODS[side][1][1], 0), task, base, data)
+    task = Task("speed", updates=26, batch_size=8, held_out=8, max_length=128)
+    data, run = write_data(task, source), Run(task.name, side, METHODS[side][1][0], 0)
+    result = train(run, task, base, data, WORK / "speed")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
     return {"step": result["step"], "peak": peak}
 
@@ -312,8 +350,8 @@ def steps_of(side: str, base: str, source: Path) -> dict[str, float]:
 def write_data(task: Task, source: Path) -> tuple[Path, Path]:
     """Write a task's training and held-out examples; return the two files."""
     WORK.mkdir(parents=True, exist_ok=True)
-    files = WORK / f"{task.name}.jsonl", WORK / f"{task.name}-held-out.jsonl"
-    pairs = banking77 if task.name == "banking77" else gsm8k
+    files = files_of(task)
+    pairs = gsm8k if task.name == "gsm8k" else banking77
     wanted = task.updates * task.batch_size * len(SEEDS), task.held_out
     for file, part, count in zip(files, ("train", "test"), wanted, strict=True):
         everything = list(pairs(source, part))
@@ -321,6 +359,11 @@ def write_data(task: Task, source: Path) -> tuple[Path, Path]:
         lines = [everything[i] for i in order[:count].tolist()]
         file.write_text("\n".join(json.dumps({"prompt": p, "completion": c}) for p, c in lines))
     return files
+
+
+def files_of(task: Task) -> tuple[Path, Path]:
+    """Return where a task's training and held-out examples lie."""
+    return WORK / f"{task.name}.jsonl", WORK / f"{task.name}-held-out.jsonl"
 
 
 def banking77(source: Path, part: str) -> Iterator[tuple[str, str]]:
