@@ -35,6 +35,7 @@ from spieldose_kernels.base import load_base, pick_compute_dtype
 from spieldose_kernels.quiet import quiet_libraries
 from spieldose_trainer.config import TrainConfig
 from spieldose_trainer.data import collate, read_examples
+from spieldose_trainer.errors import NonFiniteLoss
 from spieldose_trainer.evaluation import evaluate
 from spieldose_trainer.trainer import Trainer as SparseTrainer
 
@@ -106,7 +107,7 @@ class Arguments:
     data: Path | None = None  # directory of banking77_*.csv and gsm8k_*.jsonl
     minutes: float = 120.0  # after which no further run is begun
     only: tuple[str, ...] = ()  # methods; none: all
-    speed: bool = False  # measure step times and peak memory instead, about 5 minutes
+    speed: bool = False  # measure step times and peak memory instead, about 10 minutes
     table: bool = False  # print the table of the results there are
     side: str = ""  # one side's steps, in a process of its own; used by --speed
     cell: str = ""  # TASK/METHOD, all its runs, in a process of its own; used by the benchmark
@@ -167,7 +168,12 @@ def fill(cell: str, base: str, arguments: Arguments) -> None:
     folder = WORK / cell.replace("/", "-").replace(" ", "-")
     while time.monotonic() < end and (run := next_run(name, method)) is not None:
         begun = time.perf_counter()
-        result = train(run, task, base, files_of(task), folder)
+        try:
+            result = train(run, task, base, files_of(task), folder)
+        except NonFiniteLoss:
+            result = {"loss": math.inf}
+        if math.isnan(result["loss"]):
+            result["loss"] = math.inf  # a rate that diverges is never the best
         append(asdict(run) | result | {"seconds": round(time.perf_counter() - begun, 1)})
         print(run, round(result["loss"], 4), flush=True)
 
@@ -334,7 +340,7 @@ def speed(data: Path) -> None:
 
 
 def steps_of(side: str, base: str, source: Path) -> dict[str, float]:
-    """Make a dozen steps of one side; return their median time and the process's peak memory."""
+    """Make some steps of one side; return their median time and the process's peak memory."""
     import resource
 
     task = Task("speed", updates=26, batch_size=8, held_out=8, max_length=128)

@@ -1,13 +1,16 @@
 """The loss from the logits that count alone is the loss from all of them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from spieldose_kernels.base import Base
 from spieldose_trainer.counted_logits import counted_only
 from spieldose_trainer.data import IGNORED
+from spieldose_trainer.model import SparseModel
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
 
@@ -60,3 +63,10 @@ def test_other_architectures_agree() -> None:
     config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
     model = GPT2LMHeadModel(config)
     torch.testing.assert_close(model(**counted_only(model, batch())).loss, model(**batch()).loss)
+
+
+def test_training_makes_no_other_logits(
+    tiny_base: Base, make_model: Callable[..., SparseModel]
+) -> None:
+    model = make_model(tiny_base, density=0.02)
+    assert model(**batch()).logits.shape[1] == 5 + 1
