@@ -43,11 +43,11 @@ RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
 WORK = Path("build/quality")
 CPU = torch.device("cpu")
 SEEDS = (0, 1, 2)
-RANK = 3  # LoRA's and SHiRA's: both then have 3·(R + C) parameters a layer,
-DENSITY = 915_840 / 106_168_320  # which is this share of SmolLM2-135M's linear weights
+RANK = 11  # LoRA's and SHiRA's: both then have 11·(R + C) parameters a layer,
+DENSITY = 3_358_080 / 106_168_320  # which is this share of SmolLM2-135M's linear weights
 
-# SpIEL's phases are laid out for thousands of updates: here one opens every 10, and more is changed
-SPIEL = {"reselect_every": 10, "initial_rate": 0.6}
+# SpIEL's phases are laid out for thousands of updates: here one opens every 5, and more is changed
+SPIEL = {"reselect_every": 5, "selection_steps": 1, "initial_rate": 0.6}
 RATES = (2e-3, 6e-3, 2e-2)  # of Adam on weights chosen by gradients or magnitude
 HIGHER = (6e-3, 2e-2, 6e-2)  # what random weights bear, and SM3, whose steps only shrink
 
@@ -60,7 +60,7 @@ METHODS: dict[str, tuple[dict[str, Any], tuple[float, float, float]]] = {
     ),
     "LoRA (PEFT)": ({"peft": "lora"}, (3e-3, 1e-2, 3e-2)),
     "SHiRA random, 16 bit (PEFT)": ({"peft": "shira"}, HIGHER),
-    "spiel-ag, momentum seeded": ({"method": "spiel-ag"} | SPIEL, (6e-4, 2e-3, 6e-3)),
+    "spiel-ag, default settings": ({"method": "spiel-ag"}, (6e-4, 2e-3, 6e-3)),
     "spiel-ma": ({"method": "spiel-ma"} | SPIEL, HIGHER),
     "random": ({"method": "random"}, HIGHER),
     "fisher": ({"method": "fisher"}, RATES),
@@ -80,12 +80,13 @@ class Task:
     updates: int
     batch_size: int
     held_out: int  # examples
-    max_length: int
+    characters: int  # of the longest example
+    max_length: int = 384
 
 
 TASKS = (
-    Task("banking77", updates=40, batch_size=16, held_out=200, max_length=128),
-    Task("gsm8k", updates=24, batch_size=4, held_out=60, max_length=384),
+    Task("banking77", updates=80, batch_size=16, held_out=200, characters=44),
+    Task("gsm8k", updates=20, batch_size=4, held_out=60, characters=400),
 )
 WARMUP = 0.1  # share of the updates
 
@@ -343,7 +344,7 @@ def steps_of(side: str, base: str, source: Path) -> dict[str, float]:
     """Make some steps of one side; return their median time and the process's peak memory."""
     import resource
 
-    task = Task("speed", updates=26, batch_size=8, held_out=8, max_length=128)
+    task = Task("speed", updates=26, batch_size=8, held_out=8, characters=10_000, max_length=128)
     data, run = write_data(task, source), Run(task.name, side, METHODS[side][1][0], 0)
     result = train(run, task, base, data, WORK / "speed")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
@@ -360,7 +361,7 @@ def write_data(task: Task, source: Path) -> tuple[Path, Path]:
     pairs = gsm8k if task.name == "gsm8k" else banking77
     wanted = task.updates * task.batch_size * len(SEEDS), task.held_out
     for file, part, count in zip(files, ("train", "test"), wanted, strict=True):
-        everything = list(pairs(source, part))
+        everything = [(p, c) for p, c, size in pairs(source, part) if size <= task.characters]
         order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(0))
         lines = [everything[i] for i in order[:count].tolist()]
         file.write_text("\n".join(json.dumps({"prompt": p, "completion": c}) for p, c in lines))
@@ -372,19 +373,20 @@ def files_of(task: Task) -> tuple[Path, Path]:
     return WORK / f"{task.name}.jsonl", WORK / f"{task.name}-held-out.jsonl"
 
 
-def banking77(source: Path, part: str) -> Iterator[tuple[str, str]]:
-    """Yield queries and their intents as text."""
+def banking77(source: Path, part: str) -> Iterator[tuple[str, str, int]]:
+    """Yield prompts, intents as text, and the queries' characters."""
     with open(source / f"banking77_{part}.csv", newline="") as file:
         for row in csv.DictReader(file):
             intent = row["category"].replace("_", " ")
-            yield f"Query: {row['text']}\nIntent:", f" {intent}"
+            yield f"Query: {row['text']}\nIntent:", f" {intent}", len(row["text"])
 
 
-def gsm8k(source: Path, part: str) -> Iterator[tuple[str, str]]:
-    """Yield questions and their worked answers."""
+def gsm8k(source: Path, part: str) -> Iterator[tuple[str, str, int]]:
+    """Yield prompts, worked answers, and the characters of both question and answer."""
     for line in (source / f"gsm8k_{part}.jsonl").read_text().splitlines():
         record = json.loads(line)
-        yield f"Question: {record['question']}\nAnswer:", f" {record['answer']}"
+        question, answer = record["question"], record["answer"]
+        yield f"Question: {question}\nAnswer:", f" {answer}", len(question) + len(answer)
 
 
 def append(result: dict[str, Any]) -> None:
