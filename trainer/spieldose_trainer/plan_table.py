@@ -12,8 +12,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(_kinds(plan))
     console.print(_memory(plan))
     step = (
-        f"those of an update on {plan.batch_size} examples of {plan.length:,} tokens, run on "
-        "shapes without data"
+        f"those of an update on {plan.batch_size} examples of {plan.length:,} tokens that all "
+        "count, run on shapes without data; shorter examples and prompts take less"
         if plan.step is not None
         else "not known, and left out: this model does not run without data"
     )

@@ -38,8 +38,9 @@ CPU_RETENTION = 1.4
 def make_plan(config: TrainConfig) -> Plan:
     """Plan a run; reads the base's configuration only. Raises BaseError or ConfigError.
 
-    Every example is taken to have `max_length` tokens, every layer to have the same density. What
-    a selector needs of one layer at a time is left out.
+    Every example is taken to have `max_length` tokens that all count, which bounds what the data
+    can take; every layer to have the same density. What a selector needs of one layer at a time is
+    left out.
     """
     choice, directory = config.choice, Path(config.base)  # or a hub name: no weights are fetched
     shapes = target_shapes(directory)
