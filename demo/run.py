@@ -185,9 +185,9 @@ def hot_load(client: Client, file: Path, served: Path) -> float:
     shutil.copy(file, served)
     while not any(adapter.name == file.stem for adapter in client.adapters()):
         time.sleep(0.02)
-    while (adapter := client.adapter(file.stem)).state == pb.ADAPTER_STATE_LOADING:
+    while (adapter := client.adapter(file.stem)).state == pb.ADAPTER_STATE_VALIDATING:
         time.sleep(0.02)
-    if adapter.state != pb.ADAPTER_STATE_RESIDENT:
+    if adapter.state == pb.ADAPTER_STATE_REJECTED:
         raise RuntimeError(f"expected {file.stem} to be taken up, got: {adapter.reason}")
     client.generate("Hello", adapter=file.stem, sampling=pb.SamplingParams(max_tokens=1))
     return time.perf_counter() - begun

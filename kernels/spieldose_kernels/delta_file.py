@@ -37,6 +37,10 @@ MAX_HEADER_BYTES: Final = 100_000_000  # the safetensors format's own limit
 UNREADABLE: Final = (ValueError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
+# [R, C, Z] by module
+Declared = dict[str, tuple[int, int, int]]
+
+
 @dataclass(frozen=True, slots=True)
 class Header:
     """Hold what a safetensors file says of itself before its data."""
@@ -75,14 +79,7 @@ def read_delta(payload: bytes, base: BaseSpec | None = None) -> Adapter:
 
     Raises NotADelta, TruncatedDelta, MalformedDelta, BaseMismatch or ModuleMismatch.
     """
-    header = read_header(payload)
-    if len(payload) != header.file_size:
-        kind = TruncatedDelta if len(payload) < header.file_size else MalformedDelta
-        raise kind(f"header declares a file of {header.file_size} bytes, got {len(payload)} bytes")
-    info, declared = _read_metadata(header.metadata)
-    if base is not None:
-        _check_base(info, declared, base)
-    _check_names(set(header.tensors), declared)
+    info, declared = read_declared(payload, file_size=len(payload), base=base)
     try:
         tensors = safetensors.torch.load(payload)
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
@@ -95,6 +92,24 @@ def read_delta(payload: bytes, base: BaseSpec | None = None) -> Adapter:
         _check_arrays(module, delta, height=height, nnz=nnz)
         modules[module] = delta
     return Adapter(info, modules)
+
+
+def read_declared(
+    payload: bytes, *, file_size: int, base: BaseSpec | None = None
+) -> tuple[AdapterInfo, Declared]:
+    """Read and validate what a file declares before its data; `payload` may end after the header.
+
+    Raises what `read_delta` raises, save what only the tensors can show.
+    """
+    header = read_header(payload)
+    if file_size != header.file_size:
+        kind = TruncatedDelta if file_size < header.file_size else MalformedDelta
+        raise kind(f"header declares a file of {header.file_size} bytes, got {file_size} bytes")
+    info, declared = _read_metadata(header.metadata)
+    if base is not None:
+        _check_base(info, declared, base)
+    _check_names(set(header.tensors), declared)
+    return info, declared
 
 
 def read_header(payload: bytes | memoryview) -> Header:
@@ -146,7 +161,7 @@ def _metadata(adapter: Adapter) -> dict[str, str]:
 
 def _read_metadata(
     metadata: Mapping[str, str],
-) -> tuple[AdapterInfo, dict[str, tuple[int, int, int]]]:
+) -> tuple[AdapterInfo, Declared]:
     found = metadata.get("format"), metadata.get("format_version")
     if found != (FORMAT, FORMAT_VERSION):
         raise NotADelta(

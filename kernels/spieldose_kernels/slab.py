@@ -109,6 +109,11 @@ class Slab:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @property
+    def budget(self) -> int:
+        """Return the bytes there are for all adapters together."""
+        return self.arena.memory.numel()
+
+    @property
     def modules(self) -> list[str]:
         """Return the names of the layers it covers."""
         return list(self._modules)

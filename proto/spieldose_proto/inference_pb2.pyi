@@ -20,6 +20,9 @@ class AdapterState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ADAPTER_STATE_RESIDENT: _ClassVar[AdapterState]
     ADAPTER_STATE_DRAINING: _ClassVar[AdapterState]
     ADAPTER_STATE_REJECTED: _ClassVar[AdapterState]
+    ADAPTER_STATE_FOUND: _ClassVar[AdapterState]
+    ADAPTER_STATE_VALIDATING: _ClassVar[AdapterState]
+    ADAPTER_STATE_ON_HOST: _ClassVar[AdapterState]
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
@@ -28,6 +31,9 @@ ADAPTER_STATE_LOADING: AdapterState
 ADAPTER_STATE_RESIDENT: AdapterState
 ADAPTER_STATE_DRAINING: AdapterState
 ADAPTER_STATE_REJECTED: AdapterState
+ADAPTER_STATE_FOUND: AdapterState
+ADAPTER_STATE_VALIDATING: AdapterState
+ADAPTER_STATE_ON_HOST: AdapterState
 
 class GenerateRequest(_message.Message):
     __slots__ = ("request_id", "adapter_id", "text", "token_ids", "messages", "sampling_params")
@@ -197,8 +203,32 @@ class UnloadAdapterResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class WatchAdaptersRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class AdapterEvent(_message.Message):
+    __slots__ = ("adapter", "gone")
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    GONE_FIELD_NUMBER: _ClassVar[int]
+    adapter: Adapter
+    gone: bool
+    def __init__(self, adapter: _Optional[_Union[Adapter, _Mapping]] = ..., gone: _Optional[bool] = ...) -> None: ...
+
+class PinAdapterRequest(_message.Message):
+    __slots__ = ("adapter_id",)
+    ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
+    adapter_id: str
+    def __init__(self, adapter_id: _Optional[str] = ...) -> None: ...
+
+class UnpinAdapterRequest(_message.Message):
+    __slots__ = ("adapter_id",)
+    ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
+    adapter_id: str
+    def __init__(self, adapter_id: _Optional[str] = ...) -> None: ...
+
 class Adapter(_message.Message):
-    __slots__ = ("name", "digest", "state", "reason", "method", "description", "density", "nnz", "memory_bytes", "running")
+    __slots__ = ("name", "digest", "state", "reason", "method", "description", "density", "nnz", "memory_bytes", "running", "pinned")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -209,6 +239,7 @@ class Adapter(_message.Message):
     NNZ_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
+    PINNED_FIELD_NUMBER: _ClassVar[int]
     name: str
     digest: str
     state: AdapterState
@@ -219,4 +250,5 @@ class Adapter(_message.Message):
     nnz: int
     memory_bytes: int
     running: int
-    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., state: _Optional[_Union[AdapterState, str]] = ..., reason: _Optional[str] = ..., method: _Optional[str] = ..., description: _Optional[str] = ..., density: _Optional[float] = ..., nnz: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., running: _Optional[int] = ...) -> None: ...
+    pinned: bool
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., state: _Optional[_Union[AdapterState, str]] = ..., reason: _Optional[str] = ..., method: _Optional[str] = ..., description: _Optional[str] = ..., density: _Optional[float] = ..., nnz: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., running: _Optional[int] = ..., pinned: _Optional[bool] = ...) -> None: ...

@@ -204,6 +204,11 @@ class AdaptersStub:
                 request_serializer=spieldose__proto_dot_inference__pb2.GetAdapterRequest.SerializeToString,
                 response_deserializer=spieldose__proto_dot_inference__pb2.Adapter.FromString,
                 _registered_method=True)
+        self.Watch = channel.unary_stream(
+                '/spieldose.v1.Adapters/Watch',
+                request_serializer=spieldose__proto_dot_inference__pb2.WatchAdaptersRequest.SerializeToString,
+                response_deserializer=spieldose__proto_dot_inference__pb2.AdapterEvent.FromString,
+                _registered_method=True)
         self.Load = channel.unary_unary(
                 '/spieldose.v1.Adapters/Load',
                 request_serializer=spieldose__proto_dot_inference__pb2.LoadAdapterRequest.SerializeToString,
@@ -213,6 +218,16 @@ class AdaptersStub:
                 '/spieldose.v1.Adapters/Unload',
                 request_serializer=spieldose__proto_dot_inference__pb2.UnloadAdapterRequest.SerializeToString,
                 response_deserializer=spieldose__proto_dot_inference__pb2.UnloadAdapterResponse.FromString,
+                _registered_method=True)
+        self.Pin = channel.unary_unary(
+                '/spieldose.v1.Adapters/Pin',
+                request_serializer=spieldose__proto_dot_inference__pb2.PinAdapterRequest.SerializeToString,
+                response_deserializer=spieldose__proto_dot_inference__pb2.Adapter.FromString,
+                _registered_method=True)
+        self.Unpin = channel.unary_unary(
+                '/spieldose.v1.Adapters/Unpin',
+                request_serializer=spieldose__proto_dot_inference__pb2.UnpinAdapterRequest.SerializeToString,
+                response_deserializer=spieldose__proto_dot_inference__pb2.Adapter.FromString,
                 _registered_method=True)
 
 
@@ -231,6 +246,13 @@ class AdaptersServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Watch(self, request, context):
+        """Streams every version's state, then what changes; states in quick succession may be left out.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Load(self, request, context):
         """Takes up NAME.safetensors from the server's directory now; returns it as it is afterwards.
         """
@@ -241,6 +263,19 @@ class AdaptersServicer:
     def Unload(self, request, context):
         """Stops serving an adapter until its file changes or Load is called; running requests finish.
         """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Pin(self, request, context):
+        """Brings an adapter to the device and keeps its versions there until Unpin.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Unpin(self, request, context):
+        """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -258,6 +293,11 @@ def add_AdaptersServicer_to_server(servicer, server):
                     request_deserializer=spieldose__proto_dot_inference__pb2.GetAdapterRequest.FromString,
                     response_serializer=spieldose__proto_dot_inference__pb2.Adapter.SerializeToString,
             ),
+            'Watch': grpc.unary_stream_rpc_method_handler(
+                    servicer.Watch,
+                    request_deserializer=spieldose__proto_dot_inference__pb2.WatchAdaptersRequest.FromString,
+                    response_serializer=spieldose__proto_dot_inference__pb2.AdapterEvent.SerializeToString,
+            ),
             'Load': grpc.unary_unary_rpc_method_handler(
                     servicer.Load,
                     request_deserializer=spieldose__proto_dot_inference__pb2.LoadAdapterRequest.FromString,
@@ -267,6 +307,16 @@ def add_AdaptersServicer_to_server(servicer, server):
                     servicer.Unload,
                     request_deserializer=spieldose__proto_dot_inference__pb2.UnloadAdapterRequest.FromString,
                     response_serializer=spieldose__proto_dot_inference__pb2.UnloadAdapterResponse.SerializeToString,
+            ),
+            'Pin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pin,
+                    request_deserializer=spieldose__proto_dot_inference__pb2.PinAdapterRequest.FromString,
+                    response_serializer=spieldose__proto_dot_inference__pb2.Adapter.SerializeToString,
+            ),
+            'Unpin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Unpin,
+                    request_deserializer=spieldose__proto_dot_inference__pb2.UnpinAdapterRequest.FromString,
+                    response_serializer=spieldose__proto_dot_inference__pb2.Adapter.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -334,6 +384,33 @@ class Adapters:
             _registered_method=True)
 
     @staticmethod
+    def Watch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/spieldose.v1.Adapters/Watch',
+            spieldose__proto_dot_inference__pb2.WatchAdaptersRequest.SerializeToString,
+            spieldose__proto_dot_inference__pb2.AdapterEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Load(request,
             target,
             options=(),
@@ -377,6 +454,60 @@ class Adapters:
             '/spieldose.v1.Adapters/Unload',
             spieldose__proto_dot_inference__pb2.UnloadAdapterRequest.SerializeToString,
             spieldose__proto_dot_inference__pb2.UnloadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/spieldose.v1.Adapters/Pin',
+            spieldose__proto_dot_inference__pb2.PinAdapterRequest.SerializeToString,
+            spieldose__proto_dot_inference__pb2.Adapter.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Unpin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/spieldose.v1.Adapters/Unpin',
+            spieldose__proto_dot_inference__pb2.UnpinAdapterRequest.SerializeToString,
+            spieldose__proto_dot_inference__pb2.Adapter.FromString,
             options,
             channel_credentials,
             insecure,

@@ -10,7 +10,7 @@ import grpc
 from spieldose_kernels.errors import SpieldoseError
 from spieldose_proto import inference_pb2 as pb
 from spieldose_proto import inference_pb2_grpc as rpc
-from spieldose_server.config import DEFAULT_ADDRESS
+from spieldose_server.config import DEFAULT_ADDRESS, MESSAGE_BYTES
 
 Answer = TypeVar("Answer")
 
@@ -43,7 +43,9 @@ class Client:
     """
 
     def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
-        self._channel = grpc.insecure_channel(address)
+        self._channel = grpc.insecure_channel(
+            address, options=[("grpc.max_receive_message_length", MESSAGE_BYTES)]
+        )
         self.inference = rpc.InferenceStub(self._channel)
         self._adapters = rpc.AdaptersStub(self._channel)
 
@@ -130,6 +132,18 @@ class Client:
             pb.UnloadAdapterResponse,
         )
 
+    def pin(self, name: str) -> pb.Adapter:
+        """Have the server bring an adapter to the device and keep it there. Raises ClientError."""
+        return _raising(self._adapters.Pin, pb.PinAdapterRequest(adapter_id=name), pb.Adapter)
+
+    def unpin(self, name: str) -> pb.Adapter:
+        """Let the server evict an adapter again. Raises ClientError."""
+        return _raising(self._adapters.Unpin, pb.UnpinAdapterRequest(adapter_id=name), pb.Adapter)
+
+    def watch(self) -> Iterator[pb.AdapterEvent]:
+        """Yield every version's state, then changes, until it is closed. Raises ClientError."""
+        return _streaming(self._adapters.Watch(pb.WatchAdaptersRequest()))
+
     def _responses(
         self,
         prompt: str | Sequence[pb.ChatMessage],
@@ -142,13 +156,16 @@ class Client:
             request.text = prompt
         else:
             request.messages.messages.extend(prompt)
-        call = self.inference.Generate(request, timeout=timeout)
-        try:
-            yield from call
-        except grpc.RpcError as error:
-            raise ClientError(error) from None
-        finally:
-            call.cancel()
+        return _streaming(self.inference.Generate(request, timeout=timeout))
+
+
+def _streaming(call: Any) -> Iterator[Any]:
+    try:
+        yield from call
+    except grpc.RpcError as error:
+        raise ClientError(error) from None
+    finally:
+        call.cancel()
 
 
 def _raising(method: Callable[[Any], Any], request: object, answer: type[Answer]) -> Answer:

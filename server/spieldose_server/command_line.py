@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from spieldose_kernels.errors import SpieldoseError
-from spieldose_server.config import DEFAULT_ADDRESS, ServerConfig
+from spieldose_server.config import DEFAULT_ADDRESS, DIGEST_SHOWN, ServerConfig
 
 Command = Callable[[Sequence[str]], None]
 
@@ -91,19 +91,21 @@ def generate(arguments: Sequence[str]) -> None:
 
 
 def adapters(arguments: Sequence[str]) -> None:
-    """List, show, load or unload a server's adapters."""
+    """List, show, watch, load, unload or pin a server's adapters."""
     commands: dict[str, Callable[..., Any]] = {
         "list": _list,
         "get": _get,
+        "watch": _watch,
         "load": _load,
         "unload": _unload,
+        "pin": _pin,
+        "unpin": _unpin,
     }
     tyro.extras.subcommand_cli_from_dict(commands, prog="spieldose adapters", args=arguments)
 
 
 def _list(*, server: str = DEFAULT_ADDRESS) -> None:
     """List every adapter version the server knows."""
-    from spieldose_proto import inference_pb2 as pb
     from spieldose_server.client import Client
 
     table = Table(box=None)
@@ -112,11 +114,10 @@ def _list(*, server: str = DEFAULT_ADDRESS) -> None:
     table.add_column("what", overflow="fold")
     with Client(server) as client:
         for adapter in client.adapters():
-            state = pb.AdapterState.Name(adapter.state).removeprefix("ADAPTER_STATE_").lower()
             table.add_row(
                 adapter.name,
-                adapter.digest[:12],
-                state,
+                adapter.digest[:DIGEST_SHOWN],
+                _state(adapter.state),
                 f"{adapter.density:.2%}",
                 f"{adapter.memory_bytes / 1e6:.1f}",
                 str(adapter.running),
@@ -133,6 +134,17 @@ def _get(name: tyro.conf.Positional[str], *, server: str = DEFAULT_ADDRESS) -> N
         print(client.adapter(name), end="")
 
 
+def _watch(*, server: str = DEFAULT_ADDRESS) -> None:
+    """Print every version's state, then what changes, until interrupted."""
+    from spieldose_server.client import Client
+
+    with Client(server) as client:
+        for event in client.watch():
+            adapter = event.adapter
+            state = "gone" if event.gone else _state(adapter.state)
+            print(adapter.name, adapter.digest[:DIGEST_SHOWN] or "-", state, adapter.reason)
+
+
 def _load(name: tyro.conf.Positional[str], *, server: str = DEFAULT_ADDRESS) -> None:
     """Take up NAME.safetensors from the server's directory now."""
     from spieldose_server.client import Client
@@ -147,3 +159,26 @@ def _unload(name: tyro.conf.Positional[str], *, server: str = DEFAULT_ADDRESS) -
 
     with Client(server) as client:
         client.unload(name)
+
+
+def _pin(name: tyro.conf.Positional[str], *, server: str = DEFAULT_ADDRESS) -> None:
+    """Bring an adapter to the device and keep it there."""
+    from spieldose_server.client import Client
+
+    with Client(server) as client:
+        print(client.pin(name), end="")
+
+
+def _unpin(name: tyro.conf.Positional[str], *, server: str = DEFAULT_ADDRESS) -> None:
+    """Let an adapter be evicted again."""
+    from spieldose_server.client import Client
+
+    with Client(server) as client:
+        print(client.unpin(name), end="")
+
+
+def _state(state: int) -> str:
+    from spieldose_proto import inference_pb2 as pb
+
+    name = pb.AdapterState.Name(state)
+    return name.removeprefix("ADAPTER_STATE_").lower().replace("_", " ")

@@ -7,6 +7,8 @@ from typing import Literal
 from spieldose_server.errors import ConfigError
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
+DIGEST_SHOWN = 12  # hex digits that tell versions apart for people, and enough to ask for one
+MESSAGE_BYTES = 64 << 20  # above any prompt limit, so that too long a prompt gets its own error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +22,7 @@ class ServerConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda when there is one
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations
     adapter_memory: int = 2 << 30  # bytes of device memory for resident adapters
+    host_memory: int = 2 << 30  # bytes of host memory for adapters ready to be copied there
     max_adapters: int = 256  # adapters resident at once
     kv_tokens: int = 16384  # tokens of KV cache, shared by all running requests
     max_batch_tokens: int = (
@@ -33,6 +36,7 @@ class ServerConfig:
     def __post_init__(self) -> None:
         for name in (
             "adapter_memory",
+            "host_memory",
             "max_adapters",
             "kv_tokens",
             "max_batch_tokens",

@@ -1,121 +1,134 @@
 """The adapter directory: new files are taken up, changed ones replaced, removed ones retired.
 
-A file is read once it is complete (as long as its header declares) and has not changed for a
-moment; one that stays incomplete is rejected. Reading and validating happen on a worker thread.
+At start headers are read, nothing more. Afterwards a file is validated as a whole before it is
+served: once it is complete (as long as its header declares) and has not changed for a moment. One
+that stays incomplete is rejected. Files are read on worker threads.
 """
 
 import asyncio
-import hashlib
 import logging
-import os
 import time
+from collections.abc import Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
-from pathlib import Path
 
-import torch
 from watchfiles import awatch
 
-from spieldose_kernels.base_spec import BaseSpec
-from spieldose_kernels.delta_file import SUFFIX, read_delta, read_header
+from spieldose_kernels.delta_file import SUFFIX
 from spieldose_kernels.errors import DeltaError, TruncatedDelta
-from spieldose_kernels.sliced import pack
-from spieldose_server.errors import RejectedAdapter, UnknownAdapter
-from spieldose_server.store import AdapterStore, Candidate
+from spieldose_server.errors import AdapterTooLarge, RejectedAdapter, UnknownAdapter
+from spieldose_server.files import AdapterFiles, Description, FileChanged, Stamp
+from spieldose_server.store import AdapterStore
+from spieldose_server.versions import State, Version
 
 log = logging.getLogger(__name__)
 
 SETTLE_SECONDS = 0.2  # a file unchanged for so long, and complete, is read
 PATIENCE_SECONDS = 3.0  # an incomplete file unchanged for so long is not being written any more
 RESCAN_MILLISECONDS = 1000  # for file systems that report no events
+HEADERS_AT_ONCE = 64
 
-
-@dataclass(frozen=True, slots=True)
-class Stamp:
-    """Tell one state of a file from another."""
-
-    inode: int
-    size: int
-    modified: int  # nanoseconds
-
-    @classmethod
-    def of(cls, status: os.stat_result) -> "Stamp":
-        """Take the stamp of a file's status."""
-        return cls(status.st_ino, status.st_size, status.st_mtime_ns)
-
-
-class _Changing(Exception):
-    """The file changed while it was read."""
+Found = Sequence[tuple[str, Stamp]]
 
 
 class AdapterDirectory:
     """Keep the store in step with a directory of delta files."""
 
-    def __init__(
-        self,
-        path: Path,
-        store: AdapterStore,
-        base: BaseSpec,
-        *,
-        dtype: torch.dtype,  # of resident values
-        loader: Executor,
-    ) -> None:
-        self._path = path
+    def __init__(self, files: AdapterFiles, store: AdapterStore, worker: Executor) -> None:
+        self._files = files
         self._store = store
-        self._base = base
-        self._dtype = dtype
-        self._loader = loader
+        self._worker = worker
         self._taken: dict[str, Stamp] = {}  # the file state last published, rejected or unloaded
         self._seen: dict[str, tuple[Stamp, float]] = {}  # not yet settled, and since when
-        self._busy = asyncio.Lock()  # one reconciliation at a time
+        self._busy = asyncio.Lock()  # one file at a time
+        self._there = True
 
     async def take_up(self) -> None:
-        """Take up every file that lies complete in the directory now."""
-        await self.reconcile()
-        await asyncio.sleep(SETTLE_SECONDS)
-        await self.reconcile()
+        """List every file that lies in the directory now, by its header alone. Raises OSError."""
+        found = list((await asyncio.to_thread(self._files.scan)).items())
+        now = time.time_ns()
+        settled = [
+            (name, stamp)
+            for name, stamp in found
+            if stamp.modified < now - SETTLE_SECONDS * 1e9  # the others are watched
+        ]
+        loop = asyncio.get_running_loop()
+        for start in range(0, len(settled), HEADERS_AT_ONCE):
+            part = settled[start : start + HEADERS_AT_ONCE]
+            for name, stamp, outcome in await loop.run_in_executor(
+                self._worker, self._describe, part
+            ):
+                version = Version(name=name, stamp=stamp)
+                if isinstance(outcome, Description):
+                    version.description = outcome
+                    self._store.publish(version)
+                else:
+                    self._store.reject(version, outcome)
+                self._taken[name] = stamp
+        if len(self._taken) < len(found):
+            await self.reconcile()
+            await asyncio.sleep(SETTLE_SECONDS)
+            await self.reconcile()
 
     async def watch(self) -> None:
-        """Follow the directory until cancelled."""
-        async for _ in awatch(
-            self._path,
-            watch_filter=None,
-            recursive=False,
-            debounce=50,
-            step=25,
-            rust_timeout=RESCAN_MILLISECONDS,
-            yield_on_timeout=True,
-        ):
-            while await self.reconcile():
-                await asyncio.sleep(SETTLE_SECONDS)
+        """Follow the directory until cancelled; one that vanishes may come back."""
+        while True:
+            try:
+                async for _ in awatch(
+                    self._files.root,
+                    watch_filter=None,
+                    recursive=False,
+                    debounce=50,
+                    step=25,
+                    rust_timeout=RESCAN_MILLISECONDS,
+                    yield_on_timeout=True,
+                ):
+                    while await self.reconcile():
+                        await asyncio.sleep(SETTLE_SECONDS)
+                    if not self._there:
+                        break  # what is watched is gone even if the path comes back
+            except OSError as error:
+                log.warning("adapter directory: %s", error)
+            await asyncio.sleep(RESCAN_MILLISECONDS / 1000)
+            await self.reconcile()
 
     async def reconcile(self) -> bool:
-        """Compare the directory with what is known; return whether a file has yet to settle."""
-        async with self._busy:
-            found = await asyncio.to_thread(self._scan)
-            for name in self._taken.keys() - found.keys():
-                del self._taken[name]
-                self._store.retire(name)
-            self._seen = {name: seen for name, seen in self._seen.items() if name in found}
-            for name, stamp in found.items():
-                if stamp != self._taken.get(name):
+        """Compare the directory with what is known; return whether a file has yet to settle.
+
+        While the directory itself is not there, everything stays as it is.
+        """
+        try:
+            found = await asyncio.to_thread(self._files.scan)
+        except OSError as error:
+            if self._there:
+                log.warning("adapter directory: %s; serving what there was", error)
+            self._there = False
+            return False
+        self._there = True
+        for name in self._taken.keys() - found.keys():
+            del self._taken[name]
+            self._store.retire(name)
+        self._seen = {name: seen for name, seen in self._seen.items() if name in found}
+        for name, stamp in found.items():
+            if stamp != self._taken.get(name):
+                async with self._busy:
                     await self._consider(name, stamp)
-            return bool(self._seen)
+        return bool(self._seen)
 
     async def load(self, name: str) -> None:
         """Take up a file now. Raises UnknownAdapter if it is not there, RejectedAdapter if bad."""
         async with self._busy:
-            found = await asyncio.to_thread(self._scan)
+            found = await asyncio.to_thread(self._files.scan)
             if name not in found:
                 raise UnknownAdapter(f"expected {name}{SUFFIX} in the adapter directory, got none")
             await self._take(name, found[name])
-        if failure := self._store.failure(name):
-            raise RejectedAdapter(f"adapter {name!r} was rejected: {failure}")
+        newest = self._store.newest(name)
+        if newest.state is State.REJECTED:
+            raise RejectedAdapter(f"adapter {name!r} was rejected: {newest.reason}")
 
     async def unload(self, name: str) -> None:
         """Stop serving a name until its file changes or `load` is called. Raises UnknownAdapter."""
         async with self._busy:
-            self._store.get(name)
+            self._store.newest(name)
             self._store.retire(name)
 
     async def _consider(self, name: str, stamp: Stamp) -> None:
@@ -124,60 +137,38 @@ class AdapterDirectory:
         if seen != stamp:
             self._seen[name] = (stamp, now)
             return
-        waited = now - since
-        complete = await asyncio.to_thread(_is_complete, self._file(name))
-        if waited >= (SETTLE_SECONDS if complete else PATIENCE_SECONDS):
+        complete = await asyncio.to_thread(self._files.is_complete, name)
+        if now - since >= (SETTLE_SECONDS if complete else PATIENCE_SECONDS):
             await self._take(name, stamp)
 
     async def _take(self, name: str, stamp: Stamp) -> None:
-        self._store.begin(name)
+        version = Version(name=name, stamp=stamp)
+        self._store.begin(version)
         try:
-            loop = asyncio.get_running_loop()
-            candidate = await loop.run_in_executor(self._loader, self._read, name, stamp)
-        except (_Changing, FileNotFoundError):
+            await self._store.residency.read(version)
+        except (FileChanged, FileNotFoundError):
+            self._store.abandon(version)
             self._seen[name] = (stamp, time.monotonic())
             return
-        except (DeltaError, OSError) as error:
-            self._store.reject(name, str(error))
+        except (DeltaError, AdapterTooLarge, OSError) as error:
+            self._store.reject(version, str(error))
         except Exception as error:  # whatever one file does to us, the others are still taken up
             log.exception("reading adapter %s", name)
-            self._store.reject(name, f"expected a readable file, got {type(error).__name__}")
+            self._store.reject(version, f"expected a readable file, got {type(error).__name__}")
         else:
-            await self._store.publish(candidate)
+            self._store.publish(version)
+            await self._store.residency.offer(version)
         self._seen.pop(name, None)
         self._taken[name] = stamp
 
-    def _read(self, name: str, stamp: Stamp) -> Candidate:
-        with open(self._file(name), "rb") as file:
-            payload = file.read()
-            if Stamp.of(os.fstat(file.fileno())) != stamp:
-                raise _Changing
-        digest = hashlib.sha256(payload).hexdigest()
-        adapter = read_delta(payload, self._base)
-        return Candidate(name, digest, adapter.info, adapter.nnz, pack(adapter, self._dtype))
-
-    def _scan(self) -> dict[str, Stamp]:
-        found = {}
-        with os.scandir(self._path) as entries:
-            for entry in entries:
-                name, suffix = os.path.splitext(entry.name)
-                if suffix == SUFFIX and not name.startswith(".") and entry.is_file():
-                    found[name] = Stamp.of(entry.stat())
-        return found
-
-    def _file(self, name: str) -> Path:
-        return self._path / f"{name}{SUFFIX}"
-
-
-def _is_complete(path: Path) -> bool:
-    """Say whether a file is as long as its header declares; what is no delta file is complete."""
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            start = file.read(8)
-            header = start + file.read(min(int.from_bytes(start, "little"), size))
-        return size >= read_header(header).file_size
-    except TruncatedDelta:
-        return False
-    except (DeltaError, OSError):
-        return True
+    def _describe(self, found: Found) -> list[tuple[str, Stamp, Description | str]]:
+        """Return what each file's header says, or why it is rejected; none for those in flux."""
+        outcomes: list[tuple[str, Stamp, Description | str]] = []
+        for name, stamp in found:
+            try:
+                outcomes.append((name, stamp, self._files.describe(name, stamp)))
+            except (FileChanged, FileNotFoundError, TruncatedDelta):
+                continue
+            except (DeltaError, OSError) as error:
+                outcomes.append((name, stamp, str(error)))
+        return outcomes

@@ -6,6 +6,8 @@ SpieldoseError
     ├── InvalidRequest         INVALID_ARGUMENT, names the field
     ├── UnknownAdapter         NOT_FOUND
     ├── RejectedAdapter        FAILED_PRECONDITION
+    ├── AdapterTooLarge        FAILED_PRECONDITION
+    ├── UnreadableAdapter      UNAVAILABLE
     └── EngineStopped          UNAVAILABLE
 """
 
@@ -45,6 +47,18 @@ class RejectedAdapter(ServerError):
     """There is a file of that name, but it cannot be used."""
 
     code = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class AdapterTooLarge(ServerError):
+    """An adapter takes more than all the adapter memory."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class UnreadableAdapter(ServerError):
+    """An adapter's file cannot be read now; that need not stay so."""
+
+    code = grpc.StatusCode.UNAVAILABLE
 
 
 class EngineStopped(ServerError):

@@ -15,10 +15,12 @@ from grpc_reflection.v1alpha import reflection
 from spieldose_kernels.base import Base, load_base, pick_compute_dtype, pick_device
 from spieldose_proto import inference_pb2 as pb
 from spieldose_proto import inference_pb2_grpc as rpc
-from spieldose_server.config import ServerConfig
+from spieldose_server.config import MESSAGE_BYTES, ServerConfig
 from spieldose_server.directory import AdapterDirectory
 from spieldose_server.engine import Engine
 from spieldose_server.errors import ConfigError, EngineStopped
+from spieldose_server.files import AdapterFiles
+from spieldose_server.residency import Residency
 from spieldose_server.service import AdaptersService, InferenceService
 from spieldose_server.store import AdapterStore
 from spieldose_server.threads import apart, loader
@@ -26,7 +28,6 @@ from spieldose_server.threads import apart, loader
 log = logging.getLogger(__name__)
 
 SERVICES = tuple(service.full_name for service in pb.DESCRIPTOR.services_by_name.values())
-MESSAGE_BYTES = 64 << 20  # above any prompt limit, so that too long a prompt gets its own error
 
 
 async def serve(config: ServerConfig) -> None:
@@ -65,14 +66,11 @@ class Server:
         self.config = config
         self.engine = apart(partial(Engine, base, config))
         self._loader = loader()
-        self.store = AdapterStore(self.engine.slab, self._loader)
-        self.directory = AdapterDirectory(
-            config.adapters,
-            self.store,
-            base.spec,
-            dtype=self.engine.slab.dtype,
-            loader=self._loader,
-        )
+        slab = self.engine.slab
+        files = AdapterFiles(config.adapters, base.spec, dtype=slab.dtype)
+        residency = Residency(slab, files, self._loader, host_memory=config.host_memory)
+        self.store = AdapterStore(residency)
+        self.directory = AdapterDirectory(files, self.store, self._loader)
         self.port = 0  # known once started
         self._health = aio_health.HealthServicer()
         self._grpc = grpc.aio.server(
@@ -121,6 +119,7 @@ class Server:
         """Refuse new requests, let running ones finish for `drain_seconds`, stop the engine."""
         log.info("draining")
         await self._health.enter_graceful_shutdown()
+        self.store.close()
         await self._grpc.stop(self.config.drain_seconds)
         if self._watching is not None:
             self._watching.cancel()

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
@@ -30,14 +30,18 @@ from spieldose_server.request import (
     SamplingParams,
     fit,
 )
-from spieldose_server.store import AdapterStore, State, Version
+from spieldose_server.store import AdapterStore, Lease
 from spieldose_server.text import TextStream
+from spieldose_server.versions import State, Version
 
 log = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 STATES = {
+    State.FOUND: pb.ADAPTER_STATE_FOUND,
+    State.VALIDATING: pb.ADAPTER_STATE_VALIDATING,
+    State.ON_HOST: pb.ADAPTER_STATE_ON_HOST,
     State.LOADING: pb.ADAPTER_STATE_LOADING,
     State.RESIDENT: pb.ADAPTER_STATE_RESIDENT,
     State.DRAINING: pb.ADAPTER_STATE_DRAINING,
@@ -60,35 +64,51 @@ class InferenceService(rpc.InferenceServicer):
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncIterator[pb.GenerateResponse]:
         """Stream chunks, then one completion."""
-        async with _answering(context), self._store.lease(request.adapter_id) as version:
-            started = time.perf_counter()
-            request_id = request.request_id or secrets.token_hex(8)
-            generation = await self._read(request, version)
-            text = TextStream(self._base.tokenizer, generation.sampling.stop)
-            count, ended = 0, False
-            async with aclosing(self._engine.generate(generation)) as stream:
-                async for tokens in stream:
-                    piece, taken = text.push(tokens.ids)
-                    if tokens.finished:
-                        piece += text.finish()
-                    count += len(taken)
-                    ended = text.stopped or tokens.hit_end
-                    chunk = pb.Chunk(text=piece, token_ids=taken)
-                    yield pb.GenerateResponse(request_id=request_id, chunk=chunk)
-                    if text.stopped:
-                        break
-            yield pb.GenerateResponse(
-                request_id=request_id,
-                complete=_completion(generation, version, count=count, ended=ended),
-            )
-            log.info(
-                "request %s adapter %s: %d + %d tokens in %.2f s",
-                request_id,
-                "(base)" if version is None else f"{version.name}@{version.digest[:12]}",
-                len(generation.tokens),
-                count,
-                time.perf_counter() - started,
-            )
+        async with _answering(context):
+            with self._store.lease(request.adapter_id) as lease:
+                async with aclosing(self._generate(request, lease)) as responses:
+                    async for response in responses:
+                        yield response
+
+    async def _generate(
+        self, request: pb.GenerateRequest, lease: Lease | None
+    ) -> AsyncGenerator[pb.GenerateResponse]:
+        started = time.perf_counter()
+        request_id = request.request_id or secrets.token_hex(8)
+        prompt, sampling, limit = await self._read(request)
+        version = None if lease is None else await lease.ready()
+        generation = GenerationRequest(
+            id=secrets.token_hex(8),  # the client's own need not be unique
+            tokens=prompt,
+            slot=None if version is None else version.slot,
+            sampling=sampling,
+            max_tokens=limit,
+        )
+        text = TextStream(self._base.tokenizer, generation.sampling.stop)
+        count, ended = 0, False
+        async with aclosing(self._engine.generate(generation)) as stream:
+            async for tokens in stream:
+                piece, taken = text.push(tokens.ids)
+                if tokens.finished:
+                    piece += text.finish()
+                count += len(taken)
+                ended = text.stopped or tokens.hit_end
+                chunk = pb.Chunk(text=piece, token_ids=taken)
+                yield pb.GenerateResponse(request_id=request_id, chunk=chunk)
+                if text.stopped:
+                    break
+        yield pb.GenerateResponse(
+            request_id=request_id,
+            complete=_completion(generation, version, count=count, ended=ended),
+        )
+        log.info(
+            "request %s adapter %s: %d + %d tokens in %.2f s",
+            request_id,
+            "(base)" if version is None else version,
+            len(generation.tokens),
+            count,
+            time.perf_counter() - started,
+        )
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         """Return the tokens Generate would see."""
@@ -114,21 +134,13 @@ class InferenceService(rpc.InferenceServicer):
             ),
         )
 
-    async def _read(
-        self, request: pb.GenerateRequest, version: Version | None
-    ) -> GenerationRequest:
-        """Convert and check a request. Raises InvalidRequest."""
+    async def _read(self, request: pb.GenerateRequest) -> tuple[list[int], SamplingParams, int]:
+        """Return a request's prompt, sampling and limit of tokens. Raises InvalidRequest."""
         sampling = _sampling(request.sampling_params)
         field, prompt = _prompt(request)
         tokens = await self._tokenise(field, prompt)
         limit = fit(len(tokens), sampling, max_context=self._engine.max_context, field=field)
-        return GenerationRequest(
-            id=secrets.token_hex(8),  # the client's own need not be unique
-            tokens=tokens,
-            slot=None if version is None else version.slot,
-            sampling=sampling,
-            max_tokens=limit,
-        )
+        return tokens, sampling, limit
 
     @property
     def _vocabulary(self) -> int:
@@ -203,7 +215,7 @@ class AdaptersService(rpc.AdaptersServicer):
         """Take up an adapter's file now."""
         async with _answering(context):
             await self._directory.load(request.adapter_id)
-            return _adapter(self._store.get(request.adapter_id))
+            return _adapter(self._store.newest(request.adapter_id))
         raise AssertionError("aborted")
 
     async def Unload(
@@ -213,6 +225,32 @@ class AdaptersService(rpc.AdaptersServicer):
         async with _answering(context):
             await self._directory.unload(request.adapter_id)
             return pb.UnloadAdapterResponse()
+        raise AssertionError("aborted")
+
+    async def Watch(
+        self, request: pb.WatchAdaptersRequest, context: Context
+    ) -> AsyncIterator[pb.AdapterEvent]:
+        """Stream every version's state, then what changes."""
+        with self._store.watching() as watcher:
+            async for version, gone in watcher:
+                yield pb.AdapterEvent(adapter=_adapter(version), gone=gone)
+
+    async def Pin(self, request: pb.PinAdapterRequest, context: Context) -> pb.Adapter:
+        """Bring an adapter to the device and keep it there."""
+        async with _answering(context):
+            with self._store.lease(_named(request.adapter_id)) as lease:
+                assert lease is not None
+                version = await lease.ready()
+                self._store.pin(version.name, pinned=True)
+            return _adapter(version)
+        raise AssertionError("aborted")
+
+    async def Unpin(self, request: pb.UnpinAdapterRequest, context: Context) -> pb.Adapter:
+        """Let an adapter be evicted again."""
+        async with _answering(context):
+            version = self._store.get(_named(request.adapter_id))
+            self._store.pin(version.name, pinned=False)
+            return _adapter(version)
         raise AssertionError("aborted")
 
 
@@ -242,6 +280,13 @@ def _details(error: SpieldoseError, code: grpc.StatusCode) -> tuple[tuple[str, b
     detail.Pack(error_details_pb2.BadRequest(field_violations=[violation]))
     status = status_pb2.Status(code=code.value[0], message=str(error), details=[detail])
     return (("grpc-status-details-bin", status.SerializeToString()),)
+
+
+def _named(adapter_id: str) -> str:
+    """Return an adapter's name, which the base has none of. Raises InvalidRequest."""
+    if not adapter_id:
+        raise InvalidRequest("adapter_id", "expected an adapter's name, got none")
+    return adapter_id
 
 
 def _sampling(message: pb.SamplingParams) -> SamplingParams:
@@ -280,7 +325,8 @@ def _completion(
 
 
 def _adapter(version: Version) -> pb.Adapter:
-    info = version.info
+    description = version.description
+    info = description.info if description else None
     return pb.Adapter(
         name=version.name,
         digest=version.digest,
@@ -289,7 +335,8 @@ def _adapter(version: Version) -> pb.Adapter:
         method=info.method if info else "",
         description=info.description if info else "",
         density=info.density if info else 0.0,
-        nnz=version.nnz,
+        nnz=description.nnz if description else 0,
         memory_bytes=version.nbytes,
         running=version.leases,
+        pinned=version.pinned,
     )

@@ -1,166 +1,304 @@
-"""Which adapters are served, who holds them, and which leaves next.
+"""Which adapters are served under which names, and who uses them.
 
-Every method runs on the event loop, which owns this state; only copying tensors happens elsewhere.
-Versions are immutable: replacing a file publishes a new one, and the old one leaves when the last
-request that began on it is done.
+Every method runs on the event loop, which owns this state. Versions are immutable: replacing a file
+publishes a new one, and the old one leaves when the last request that plays it is done.
 """
 
 import asyncio
-import enum
 import logging
-from collections.abc import AsyncIterator
-from concurrent.futures import Executor
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager, suppress
 
-from spieldose_kernels.delta import AdapterInfo
-from spieldose_kernels.errors import ArenaFull
-from spieldose_kernels.slab import Slab
-from spieldose_kernels.sliced import PackedAdapter
-from spieldose_server.errors import RejectedAdapter, UnknownAdapter
+from spieldose_kernels.errors import DeltaError
+from spieldose_server.config import DIGEST_SHOWN
+from spieldose_server.errors import (
+    AdapterTooLarge,
+    RejectedAdapter,
+    ServerError,
+    UnknownAdapter,
+    UnreadableAdapter,
+)
+from spieldose_server.files import FileChanged
+from spieldose_server.residency import Residency, Superseded
+from spieldose_server.versions import State, Version
 
 log = logging.getLogger(__name__)
 
-
-class State(enum.Enum):
-    """Where an adapter version is in its life."""
-
-    LOADING = "loading"
-    RESIDENT = "resident"
-    DRAINING = "draining"
-    REJECTED = "rejected"
-
-
-@dataclass(eq=False, slots=True, kw_only=True)
-class Version:
-    """Hold one version of one adapter."""
-
-    name: str
-    state: State
-    digest: str = ""  # sha256 of the file, hex; empty until it is read
-    info: AdapterInfo | None = None
-    reason: str = ""  # why it was rejected
-    nnz: int = 0
-    nbytes: int = 0  # of the arena
-    slot: int | None = None  # while resident or draining
-    leases: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """Hold a validated adapter, packed and ready to be published."""
-
-    name: str
-    digest: str
-    info: AdapterInfo
-    nnz: int
-    packed: PackedAdapter
+NOTICE_SECONDS = 5.0  # within which the directory notices what a failed read found out
 
 
 class AdapterStore:
     """Publish, lease and retire adapter versions."""
 
-    def __init__(self, slab: Slab, loader: Executor) -> None:
-        self._slab = slab
-        self._loader = loader
+    def __init__(self, residency: Residency) -> None:
+        self.residency = residency
+        residency.listen(self.changed)
         self._current: dict[str, Version] = {}  # what a request for the name gets
-        self._failed: dict[str, Version] = {}  # the newest file of the name, if it was rejected
-        self._loading: dict[str, Version] = {}
+        self._newer: dict[str, Version] = {}  # the file after that: being validated, or rejected
         self._draining: list[Version] = []
+        self._pinned: set[str] = set()  # names: a pin outlives the version
+        self._watchers: set[Watcher] = set()
+        self._tasks: set[asyncio.Task[None]] = set()  # the loop itself holds them weakly
+        self._moved = asyncio.Event()  # replaced whenever a name gets another version
 
     def list(self) -> list[Version]:
         """Return every version the server knows, by name."""
-        groups = (self._current, self._failed, self._loading)
-        known = [version for group in groups for version in group.values()] + self._draining
+        known = [*self._current.values(), *self._newer.values(), *self._draining]
         return sorted(known, key=lambda version: version.name)
 
-    def get(self, name: str) -> Version:
-        """Return the version to show for a name. Raises UnknownAdapter."""
-        for group in (self._current, self._loading, self._failed):
-            if name in group:
-                return group[name]
-        raise UnknownAdapter(f"expected a served adapter, got {name!r}")
+    def get(self, adapter_id: str) -> Version:
+        """Return the version to show for a name, or NAME@DIGEST. Raises UnknownAdapter."""
+        name, _, digest = adapter_id.partition("@")
+        for versions in (self._current, self._newer):
+            if name in versions and _matches(versions[name], digest):
+                return versions[name]
+        raise _unknown(adapter_id)
 
-    def failure(self, name: str) -> str | None:
-        """Return why the newest file of a name is not served, None if it is."""
-        failed = self._failed.get(name)
-        return None if failed is None else failed.reason
+    def newest(self, name: str) -> Version:
+        """Return the version of a name's newest file, rejected or not. Raises UnknownAdapter."""
+        version = self._newer.get(name) or self._current.get(name)
+        if version is None:
+            raise _unknown(name)
+        return version
 
-    @asynccontextmanager
-    async def lease(self, name: str) -> AsyncIterator[Version | None]:
-        """Hold the newest version of an adapter, None for the base, while the block runs.
+    @contextmanager
+    def lease(self, adapter_id: str) -> Iterator["Lease | None"]:
+        """Hold an adapter, None for the base, while the block runs, and begin to fetch it.
 
         Raises UnknownAdapter or RejectedAdapter.
         """
-        if not name:
+        if not adapter_id:
             yield None
             return
+        lease = Lease(self, adapter_id)
+        try:
+            yield lease
+        finally:
+            lease.end()
+
+    def resolve(self, adapter_id: str) -> Version:
+        """Return what a request for NAME, or NAME@DIGEST, plays.
+
+        A digest of DIGEST_SHOWN hex digits or more will do. Of a version that was never read in
+        full the digest is not known yet. Raises UnknownAdapter or RejectedAdapter.
+        """
+        name, at, digest = adapter_id.partition("@")
         version = self._current.get(name)
         if version is None:
-            if failure := self.failure(name):
-                raise RejectedAdapter(f"adapter {name!r} was rejected: {failure}")
-            raise UnknownAdapter(f"expected a served adapter, got {name!r}")
-        version.leases += 1
-        try:
-            yield version
-        finally:
-            version.leases -= 1
-            self._collect()
+            newer = self._newer.get(name)
+            if newer is not None and newer.state is State.REJECTED:
+                raise RejectedAdapter(f"adapter {name!r} was rejected: {newer.reason}")
+            raise _unknown(adapter_id)
+        if at and (len(digest) < DIGEST_SHOWN or not _matches(version, digest)):
+            raise _unknown(adapter_id)
+        return version
 
-    def begin(self, name: str) -> None:
-        """Show that a file of this name is being read."""
-        self._loading[name] = Version(name=name, state=State.LOADING)
+    async def load(self, version: Version) -> None:
+        """Bring a version to the device; reject it if its file turns out to be no use.
 
-    async def publish(self, candidate: Candidate) -> None:
-        """Make a version the newest of its name; the one before drains.
-
-        The same content again changes nothing. Rejects it if the adapter memory is full.
+        Raises Superseded, RejectedAdapter or UnreadableAdapter.
         """
-        name, digest = candidate.name, candidate.digest
-        current = self._current.get(name)
-        if current is None or current.digest != digest:
-            try:
-                loop = asyncio.get_running_loop()
-                slot = await loop.run_in_executor(self._loader, self._slab.put, candidate.packed)
-            except ArenaFull as error:
-                self.reject(name, f"adapter memory is full: {error}", digest=digest)
-                return
-            self._drain(name)
-            self._current[name] = Version(
-                name=name,
-                state=State.RESIDENT,
-                digest=digest,
-                info=candidate.info,
-                nnz=candidate.nnz,
-                nbytes=candidate.packed.nbytes,
-                slot=slot,
-            )
-            log.info("adapter %s@%s is resident", name, digest[:12])
-        self._loading.pop(name, None)
-        self._failed.pop(name, None)
+        moved = self._moved
+        try:
+            await self.residency.load(version)
+        except (FileChanged, FileNotFoundError) as error:
+            if not version.retired:  # the directory has yet to see it
+                try:
+                    await asyncio.wait_for(moved.wait(), NOTICE_SECONDS)
+                except TimeoutError:
+                    raise UnreadableAdapter(
+                        f"adapter {version.name!r} cannot be read: its file changed or vanished"
+                    ) from error
+            raise Superseded from None
+        except (DeltaError, AdapterTooLarge) as error:
+            self.reject(version, str(error))
+            raise RejectedAdapter(f"adapter {version.name!r} was rejected: {error}") from error
+        except OSError as error:
+            raise UnreadableAdapter(f"adapter {version.name!r} cannot be read: {error}") from error
 
-    def reject(self, name: str, reason: str, *, digest: str = "") -> None:
-        """Show why the newest file of a name is not served; a version already served stays."""
-        self._loading.pop(name, None)
-        self._failed[name] = Version(name=name, state=State.REJECTED, digest=digest, reason=reason)
+    def begin(self, version: Version) -> None:
+        """Show a version that is being validated before it takes its name's place."""
+        self._newer[version.name] = version
+        self.changed(version)
+
+    def abandon(self, version: Version) -> None:
+        """Forget a version that was begun: its file is changing still."""
+        if self._newer.get(version.name) is version:
+            del self._newer[version.name]
+        self._tell(version, gone=True)
+
+    def publish(self, version: Version) -> None:
+        """Make a version what requests for its name get; the one before drains.
+
+        The same content again changes nothing.
+        """
+        name = version.name
+        self._newer.pop(name, None)
+        current = self._current.get(name)
+        if current is not None and current.digest and current.digest == version.digest:
+            current.stamp = version.stamp
+            self._tell(version, gone=True)
+            self._move()
+            return
+        self._retire(name)
+        version.pinned = name in self._pinned
+        self._current[name] = version
+        self._move()
+        self.changed(version)
+        if version.pinned:
+            self._load_aside(version)
+
+    def reject(self, version: Version, reason: str) -> None:
+        """Show why a version is not served; another one that is stays."""
+        name = version.name
+        if self._current.get(name) is version:
+            del self._current[name]
+            self.residency.retire(version)
+        version.reason = reason
+        self._newer[name] = version
         log.warning("adapter %s rejected: %s", name, reason)
+        self._move()
+        self.changed(version)
 
     def retire(self, name: str) -> None:
         """Stop serving a name; running requests finish. Unknown names are no error."""
-        self._loading.pop(name, None)
-        self._failed.pop(name, None)
-        self._drain(name)
+        if newer := self._newer.pop(name, None):
+            self._tell(newer, gone=True)
+        self._retire(name)
+        self._move()
 
-    def _drain(self, name: str) -> None:
-        if version := self._current.pop(name, None):
-            version.state = State.DRAINING
-            self._draining.append(version)
-            self._collect()
+    def pin(self, name: str, *, pinned: bool) -> None:
+        """Keep a name's versions on the device once they are there, or no longer."""
+        (self._pinned.add if pinned else self._pinned.discard)(name)
+        if version := self._current.get(name):
+            version.pinned = pinned
+            self.residency.release(version)
+            self.changed(version)
+            if pinned:
+                self._load_aside(version)
 
-    def _collect(self) -> None:
-        """Give back the memory of drained versions nobody holds."""
-        for version in [v for v in self._draining if v.leases == 0]:
+    @contextmanager
+    def watching(self) -> Iterator["Watcher"]:
+        """Follow every version's state while the block runs, beginning with all there are."""
+        watcher = Watcher()
+        for version in self.list():
+            watcher.tell(version, gone=False)
+        self._watchers.add(watcher)
+        try:
+            yield watcher
+        finally:
+            self._watchers.discard(watcher)
+
+    def close(self) -> None:
+        """Let everyone who watches go."""
+        for watcher in self._watchers:
+            watcher.close()
+
+    def changed(self, version: Version) -> None:
+        """Tell watchers of a version's state, and forget it if it has drained."""
+        if version.state is not State.DRAINING or version.leases:
+            self._tell(version, gone=False)
+        elif version in self._draining:
             self._draining.remove(version)
-            assert version.slot is not None
-            self._slab.remove(version.slot)
-            log.info("adapter %s@%s is unloaded", version.name, version.digest[:12])
+            self._tell(version, gone=True)
+
+    def _load_aside(self, version: Version) -> None:
+        """Bring a pinned version to the device without waiting for it."""
+
+        async def load() -> None:
+            with suppress(Superseded, ServerError):  # the last one has been logged and is shown
+                await self.load(version)
+
+        task = asyncio.create_task(load())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _retire(self, name: str) -> None:
+        if version := self._current.pop(name, None):
+            self._draining.append(version)
+            self.residency.retire(version)
+
+    def _move(self) -> None:
+        self._moved.set()
+        self._moved = asyncio.Event()
+
+    def _tell(self, version: Version, *, gone: bool) -> None:
+        for watcher in self._watchers:
+            watcher.tell(version, gone=gone)
+
+
+class Lease:
+    """A request's hold on an adapter: of the version it plays, once that is on the device."""
+
+    def __init__(self, store: AdapterStore, adapter_id: str) -> None:
+        self._store = store
+        self._id = adapter_id
+        self._take()
+
+    async def ready(self) -> Version:
+        """Wait until the adapter is on the device, and return the version that is held.
+
+        One that is replaced before it gets there gives way to the newest. Raises UnknownAdapter,
+        RejectedAdapter or UnreadableAdapter.
+        """
+        while True:
+            try:
+                await self._loading
+            except Superseded:
+                self.end()
+                self._take()
+            else:
+                if not _matches(self.version, self._id.partition("@")[2]):
+                    raise _unknown(self._id)
+                return self.version
+
+    def end(self) -> None:
+        """Let go of the version."""
+        self._loading.cancel()
+        if self._loading.done() and not self._loading.cancelled():
+            self._loading.exception()  # who does not wait does not care
+        self.version.leases -= 1
+        self._store.residency.release(self.version)
+        self._store.changed(self.version)
+
+    def _take(self) -> None:
+        self.version = self._store.resolve(self._id)
+        self.version.leases += 1
+        self._loading = asyncio.create_task(self._store.load(self.version))
+
+
+class Watcher:
+    """Gather what changes until it is asked for; of one version the newest state only."""
+
+    def __init__(self) -> None:
+        self._closed = False
+        self._news: dict[Version, bool] = {}
+        self._some = asyncio.Event()
+
+    def tell(self, version: Version, *, gone: bool) -> None:
+        """Take note of a change."""
+        self._news[version] = gone
+        self._some.set()
+
+    def close(self) -> None:
+        """End the iteration, after what was told so far."""
+        self._closed = True
+        self._some.set()
+
+    async def __aiter__(self) -> AsyncIterator[tuple[Version, bool]]:
+        """Yield versions that changed, and whether the server has forgotten them."""
+        while self._news or not self._closed:
+            await self._some.wait()
+            self._some.clear()
+            news, self._news = self._news, {}
+            for version, gone in news.items():
+                yield version, gone
+
+
+def _matches(version: Version, digest: str) -> bool:
+    """Say whether a version is the one asked for, as far as that is known."""
+    return not version.digest or version.digest.startswith(digest)
+
+
+def _unknown(adapter_id: str) -> UnknownAdapter:
+    return UnknownAdapter(f"expected a served adapter, got {adapter_id!r}")

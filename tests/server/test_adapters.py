@@ -4,6 +4,9 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from spieldose_server.client import ClientError
 from ..conftest import Running, eventually
 
 MakeAdapter = Callable[..., Adapter]
+SHORT = pb.SamplingParams(max_tokens=8)
 
 
 def test_a_file_dropped_in_is_served(running: Running, make_adapter: MakeAdapter) -> None:
@@ -43,8 +47,8 @@ def test_a_file_being_written_is_not_touched_until_it_is_complete(
 
 
 def test_a_removed_file_is_unloaded_once_its_requests_are_done(running: Running) -> None:
-    free = running.server.engine.slab.arena.free_bytes
     with Stream(running, "a1") as stream:
+        free = running.server.engine.slab.arena.free_bytes
         (running.directory / "a1.safetensors").unlink()
         eventually(lambda: running.state("a1") == "draining")
         with pytest.raises(ClientError) as caught:
@@ -126,15 +130,64 @@ def test_loading_what_is_not_in_the_directory_is_not_found(running: Running, nam
     assert caught.value.code == grpc.StatusCode.NOT_FOUND
 
 
-def test_an_adapter_that_does_not_fit_is_refused_and_the_others_play(
+def test_more_adapters_than_there_is_room_for_are_all_served(
     running: Running, make_adapter: MakeAdapter
 ) -> None:
-    write_delta(running.directory / "huge.safetensors", make_adapter(9, density=1.0))
-    write_delta(running.directory / "huge2.safetensors", make_adapter(8, density=1.0))
-    for seed in range(10, 26):
-        write_delta(running.directory / f"big{seed}.safetensors", make_adapter(seed, density=0.9))
-    eventually(lambda: "adapter memory is full" in _states(running))
-    assert running.client.generate("x", adapter="a3").adapter.startswith("a3@")
+    names = [f"big{seed}" for seed in range(10, 22)]
+    for seed, name in enumerate(names):  # 4 MiB have room for about five of them
+        write_delta(running.directory / f"{name}.safetensors", make_adapter(seed, density=0.9))
+    eventually(lambda: all(running.state(name) in ("on host", "resident") for name in names))
+    alone = [running.client.generate("x", adapter=name, sampling=SHORT) for name in names]
+    with ThreadPoolExecutor(len(names)) as pool:
+        ask = partial(running.client.generate, "x", sampling=SHORT)
+        crowd = list(pool.map(lambda name: ask(adapter=name), 3 * names))
+    assert crowd == 3 * alone
+    assert running.server.store.residency.evictions > 0
+    assert all(version.leases == 0 for version in running.server.store.list())
+
+
+def test_an_adapter_larger_than_all_the_memory_is_refused_and_the_others_play(
+    serve_tiny: Any, tmp_path: Path, make_adapter: MakeAdapter
+) -> None:
+    write_delta(tmp_path / "huge.safetensors", make_adapter(9, density=1.0))
+    write_delta(tmp_path / "a3.safetensors", make_adapter(3))
+    with contextmanager(serve_tiny)(tmp_path, adapter_memory=1 << 17) as running:
+        with pytest.raises(ClientError) as caught:
+            running.client.generate("x", adapter="huge")
+        assert caught.value.code == grpc.StatusCode.FAILED_PRECONDITION
+        assert "at most 131072 bytes of adapter memory" in str(caught.value)
+        assert running.client.generate("x", adapter="a3").adapter.startswith("a3@")
+
+
+def test_a_request_may_name_a_version(running: Running) -> None:
+    played = running.client.generate("x", adapter="a1").adapter
+    assert running.client.generate("x", adapter=played).adapter == played
+    with pytest.raises(ClientError) as caught:
+        running.client.generate("x", adapter="a1@" + "0" * 64)
+    assert caught.value.code == grpc.StatusCode.NOT_FOUND
+
+
+def test_pin_and_unpin(running: Running) -> None:
+    pinned = running.client.pin("a1")
+    assert (pinned.state, pinned.pinned) == (pb.ADAPTER_STATE_RESIDENT, True)
+    assert not running.client.unpin("a1").pinned
+    for method in (running.client.pin, running.client.unpin):
+        with pytest.raises(ClientError) as caught:
+            method("nobody")
+        assert caught.value.code == grpc.StatusCode.NOT_FOUND
+
+
+def test_watching_shows_an_adapter_come_and_go(running: Running, make_adapter: MakeAdapter) -> None:
+    events = running.client.watch()
+    assert {next(events).adapter.name for _ in range(4)} == {"a1", "a2", "a3", "a4"}
+    write_delta(running.directory / "new.safetensors", make_adapter(9))
+    while (event := next(events)).adapter.state != pb.ADAPTER_STATE_RESIDENT:
+        assert event.adapter.name == "new"
+    (running.directory / "new.safetensors").unlink()
+    while not (event := next(events)).gone:
+        pass
+    assert event.adapter.name == "new"
+    events.close()
 
 
 class Stream:
@@ -150,6 +203,7 @@ class Stream:
         self._tokens: list[int] = []
 
     def __enter__(self) -> "Stream":
+        self.next()  # it has its version now
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -200,7 +254,3 @@ def write_bad(path: Path, adapter: Adapter, kind: str) -> None:
 def _parts(payload: bytes, count: int) -> list[bytes]:
     size = -(-len(payload) // count)
     return [payload[i : i + size] for i in range(0, len(payload), size)]
-
-
-def _states(running: Running) -> str:
-    return "; ".join(version.reason for version in running.server.store.list())

@@ -1,0 +1,210 @@
+"""Where adapters' tensors are: on disk, packed in host memory, in the device's slots.
+
+The event loop decides, workers read and copy. Both tiers are budgeted in bytes and evict what was
+used least recently. Host memory is a cache: losing a copy costs another read. A slot that a request
+waits for or plays is never taken away, nor is a pinned one.
+"""
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Executor
+from contextlib import suppress
+from typing import TypeVar
+
+from spieldose_kernels.errors import ArenaFull
+from spieldose_kernels.slab import Slab
+from spieldose_kernels.sliced import PackedAdapter
+from spieldose_server.errors import AdapterTooLarge
+from spieldose_server.files import AdapterFiles, Content, FileChanged
+from spieldose_server.versions import Version
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Superseded(Exception):
+    """The version did not come to the device: it was replaced or removed, or nobody needs it."""
+
+
+class Residency:
+    """Bring versions up to the device and make room for them."""
+
+    def __init__(
+        self,
+        slab: Slab,
+        files: AdapterFiles,
+        worker: Executor,
+        *,
+        host_memory: int,  # bytes
+    ) -> None:
+        self._slab = slab
+        self._files = files
+        self._worker = worker
+        self._host_memory = host_memory
+        self._changed: Callable[[Version], None] = lambda _: None
+        self._host: OrderedDict[Version, PackedAdapter] = OrderedDict()  # least recently used first
+        self._resident: OrderedDict[Version, None] = OrderedDict()  # the same
+        self._reads: dict[Version, asyncio.Task[PackedAdapter]] = {}
+        self._loads: dict[Version, asyncio.Task[None]] = {}
+        self._turn = asyncio.Lock()  # whoever came first gets room first
+        self._freed = asyncio.Event()
+        self.evictions = 0
+
+    def listen(self, changed: Callable[[Version], None]) -> None:
+        """Have every new state of a version told."""
+        self._changed = changed
+
+    @property
+    def host_bytes(self) -> int:
+        """Return how much host memory packed adapters take."""
+        return sum(packed.nbytes for packed in self._host.values())
+
+    async def load(self, version: Version) -> None:
+        """Wait until a version is on the device; it stays there while it is leased or pinned.
+
+        Raises Superseded if it was replaced or nobody needs it any more; FileChanged, OSError,
+        DeltaError or AdapterTooLarge if its file is no use.
+        """
+        while version.slot is None:
+            await _shared(self._loads, version, self._load)
+        self._resident.move_to_end(version)
+
+    async def read(self, version: Version) -> PackedAdapter:
+        """Return a version as it is in host memory, from its file if it is not there."""
+        if packed := self._host.get(version):
+            self._host.move_to_end(version)
+            return packed
+        return await _shared(self._reads, version, self._read)
+
+    def keep(self, version: Version, content: Content) -> None:
+        """Put what was read into host memory, if that is large enough. Raises AdapterTooLarge."""
+        size, room = content.packed.nbytes, self._slab.budget
+        if size > room:
+            raise AdapterTooLarge(
+                f"expected an adapter that takes at most {room} bytes of adapter memory, got {size}"
+            )
+        version.digest, version.description = content.digest, content.description
+        version.nbytes = size
+        if size <= self._host_memory and not version.retired:
+            self._host[version] = content.packed
+            version.on_host = True
+            while self.host_bytes > self._host_memory:
+                self._forget(next(iter(self._host)))
+        self._changed(version)
+
+    async def offer(self, version: Version) -> None:
+        """Put a version on the device if there is room, for which nothing has to leave or wait."""
+        packed = self._host.get(version)
+        if packed is None or version.slot is not None or self._turn.locked():
+            return
+        async with self._turn:
+            with suppress(ArenaFull):
+                await self._put(version, packed)
+
+    def release(self, version: Version) -> None:
+        """Take note that fewer requests use a version; free it if it is retired and unused."""
+        if version.leases == 0:
+            if version.retired and version.slot is not None:
+                self._unload(version)
+            self._freed.set()
+
+    def retire(self, version: Version) -> None:
+        """Let go of a version as soon as no request plays it any more."""
+        version.retired = True
+        self._forget(version)
+        self.release(version)
+        self._freed.set()  # whoever waits for room for it waits no longer
+        self._changed(version)
+
+    async def _read(self, version: Version) -> PackedAdapter:
+        assert version.stamp is not None
+        version.reading = True
+        self._changed(version)
+        try:
+            loop = asyncio.get_running_loop()
+            content = await loop.run_in_executor(
+                self._worker, self._files.read, version.name, version.stamp
+            )
+        finally:
+            version.reading = False
+        if version.digest and content.digest != version.digest:
+            raise FileChanged  # and it was done without a trace
+        self.keep(version, content)
+        return content.packed
+
+    async def _load(self, version: Version) -> None:
+        version.awaited = True
+        try:
+            await self.read(version)  # beside other versions' turns
+            async with self._turn:
+                # again, because it may have been evicted since: waiting versions fill no memory
+                await self._place(version, await self.read(version))
+        finally:
+            version.awaited = False
+            self._changed(version)
+
+    async def _place(self, version: Version, packed: PackedAdapter) -> None:
+        """Copy a version to the device, once there is room."""
+        while version.slot is None:
+            if version.retired or not (version.leases or version.pinned):
+                raise Superseded
+            self._freed.clear()
+            try:
+                await self._put(version, packed)
+            except ArenaFull:
+                if not self._evict():
+                    await self._freed.wait()
+
+    async def _put(self, version: Version, packed: PackedAdapter) -> None:
+        loop = asyncio.get_running_loop()
+        version.slot = await loop.run_in_executor(self._worker, self._slab.put, packed)
+        self._resident[version] = None
+        log.info("adapter %s is resident", version)
+        self._changed(version)
+        self.release(version)  # it may have lost its last request, or its file, meanwhile
+
+    def _evict(self) -> bool:
+        """Free the slot that was used least recently of those nobody needs, if there is one."""
+        for version in self._resident:
+            if version.leases == 0 and not version.pinned:
+                self._unload(version)
+                self.evictions += 1
+                return True
+        return False
+
+    def _unload(self, version: Version) -> None:
+        assert version.slot is not None
+        self._slab.remove(version.slot)
+        version.slot = None
+        del self._resident[version]
+        self._freed.set()
+        log.info("adapter %s has left the device", version)
+        self._changed(version)
+
+    def _forget(self, version: Version) -> None:
+        if self._host.pop(version, None) is not None:
+            version.on_host = False
+            self._changed(version)
+
+
+async def _shared(
+    tasks: dict[Version, asyncio.Task[T]], version: Version, work: Callable[[Version], Awaitable[T]]
+) -> T:
+    """Wait for work on a version that is done once for all who wait; a waiter's end is not its."""
+
+    async def run() -> T:
+        return await work(version)
+
+    def forget(task: asyncio.Task[T]) -> None:
+        del tasks[version]
+        if not task.cancelled():
+            task.exception()  # whoever still waits is told
+
+    task = tasks.get(version)
+    if task is None:
+        task = tasks[version] = asyncio.create_task(run())
+        task.add_done_callback(forget)
+    return await asyncio.shield(task)

@@ -1,0 +1,465 @@
+"""Adapters move between disk, host and device; names lead to versions, leases hold them."""
+
+import asyncio
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from spieldose_kernels.base_spec import BaseSpec
+from spieldose_kernels.delta import Adapter, AdapterInfo, SparseDelta
+from spieldose_kernels.delta_file import write_delta
+from spieldose_kernels.slab import Slab
+from spieldose_server.directory import AdapterDirectory
+from spieldose_server.errors import RejectedAdapter, UnknownAdapter, UnreadableAdapter
+from spieldose_server.files import AdapterFiles, FileChanged
+from spieldose_server.residency import Residency
+from spieldose_server.store import AdapterStore, Lease
+from spieldose_server.threads import loader
+from spieldose_server.versions import Version
+
+SHAPE = (32, 64)
+SPEC = BaseSpec("toy", "f" * 64, {"layer": SHAPE})
+ENTRIES = 512
+ONE = 4096  # a little more than the bytes that an adapter of so many takes
+
+Test = Callable[["Shelf"], Coroutine[Any, Any, None]]
+
+
+@dataclass
+class Shelf:
+    """A directory of adapters for a base of one layer, and what serves them."""
+
+    path: Path
+    slab: Slab
+    residency: Residency
+    store: AdapterStore
+    directory: AdapterDirectory
+
+    def write(self, name: str, *, seed: int = 0, entries: int = ENTRIES) -> None:
+        """Write an adapter's file; another seed gives another content of the same size."""
+        generator = torch.Generator().manual_seed(seed)
+        positions = torch.randperm(SHAPE[0] * SHAPE[1], generator=generator)[:entries]
+        values = torch.randn(entries, generator=generator)
+        delta = SparseDelta.from_flat(positions, values, shape=SHAPE)
+        info = AdapterInfo(
+            base_model=SPEC.name,
+            base_fingerprint=SPEC.fingerprint,
+            method="random",
+            density=entries / (SHAPE[0] * SHAPE[1]),
+        )
+        write_delta(self.path / f"{name}.safetensors", Adapter(info, {"layer": delta}))
+
+    async def settle(self) -> None:
+        """Let the directory take up what has changed."""
+        while await self.directory.reconcile():
+            await asyncio.sleep(0.05)
+
+    def state(self, name: str) -> str:
+        """Return the states of a name's versions."""
+        return ", ".join(v.state.value for v in self.store.list() if v.name == name)
+
+    async def use(self, adapter_id: str) -> Version:
+        """Bring an adapter to the device, as a request does, and let it go."""
+        with self.store.lease(adapter_id) as lease:
+            assert lease is not None
+            return await lease.ready()
+
+
+@pytest.fixture
+def on_shelf(tmp_path: Path) -> Callable[..., Callable[[Test], None]]:
+    """Run a test on a shelf with these adapters and this much room, in adapters."""
+
+    def settings(
+        *names: str, slots: int = 2, room: float = 16.0, host: float = 10.0
+    ) -> Callable[[Test], None]:
+        def run(test: Test) -> None:
+            slab = Slab(
+                {"layer": SHAPE},
+                slots=slots,
+                budget=int(room * ONE),
+                dtype=torch.float32,
+                device=torch.device("cpu"),
+            )
+            worker = loader()
+            files = AdapterFiles(tmp_path, SPEC, dtype=torch.float32)
+            residency = Residency(slab, files, worker, host_memory=int(host * ONE))
+            store = AdapterStore(residency)
+            directory = AdapterDirectory(files, store, worker)
+            shelf = Shelf(tmp_path, slab, residency, store, directory)
+            for seed, name in enumerate(names):
+                shelf.write(name, seed=seed)
+            for file in tmp_path.iterdir():
+                os.utime(file, (1e9, 1e9))  # long settled
+
+            async def whole() -> None:
+                await directory.take_up()
+                await test(shelf)
+
+            asyncio.run(asyncio.wait_for(whole(), 60))
+            worker.shutdown()
+
+        return run
+
+    return settings
+
+
+def test_at_start_headers_are_read_and_nothing_is_held(on_shelf: Any) -> None:
+    @on_shelf("a", "b", "c")
+    async def _(shelf: Shelf) -> None:
+        assert [shelf.state(name) for name in "abc"] == ["found"] * 3
+        version = shelf.store.get("a")
+        assert version.description is not None and version.description.nnz == ENTRIES
+        assert version.digest == ""
+        assert shelf.residency.host_bytes == 0
+        assert shelf.slab.arena.free_bytes == shelf.slab.budget
+
+
+def test_ten_thousand_idle_adapters_are_listed_and_cost_no_tensor_memory(
+    on_shelf: Any, tmp_path: Path
+) -> None:
+    @on_shelf("a")
+    async def _(shelf: Shelf) -> None:
+        for i in range(10_000):
+            os.link(tmp_path / "a.safetensors", tmp_path / f"b{i}.safetensors")
+        await shelf.directory.take_up()
+        assert len(shelf.store.list()) == 10_001
+        assert shelf.residency.host_bytes == 0
+        assert (await shelf.use("b9999")).name == "b9999"
+
+
+def test_the_least_recently_used_leaves_for_the_next(on_shelf: Any) -> None:
+    @on_shelf("a", "b", "c")
+    async def _(shelf: Shelf) -> None:
+        for name in ("a", "b", "a", "c"):
+            await shelf.use(name)
+        assert [shelf.state(name) for name in "abc"] == ["resident", "on host", "resident"]
+        assert shelf.residency.evictions == 1
+
+
+def test_what_is_leased_stays_and_the_first_to_wait_gets_room_first(on_shelf: Any) -> None:
+    @on_shelf("a", "b", "c", "d")
+    async def _(shelf: Shelf) -> None:
+        order: list[str] = []
+
+        async def take(name: str) -> None:
+            await shelf.use(name)
+            order.append(name)
+
+        with shelf.store.lease("a") as a, shelf.store.lease("b") as b:
+            await ready(a, b)
+            waiting = [asyncio.create_task(take(name)) for name in "cd"]
+            await asyncio.sleep(0.2)
+            assert order == [] and shelf.state("c") == "loading"
+            assert [shelf.state(name) for name in "ab"] == ["resident"] * 2
+        await asyncio.gather(*waiting)
+        assert order == ["c", "d"]
+
+
+def test_a_large_adapter_that_waits_is_not_overtaken_by_small_ones(on_shelf: Any) -> None:
+    @on_shelf("a", "b", "c", slots=8, room=3)
+    async def _(shelf: Shelf) -> None:
+        with shelf.store.lease("c") as c:
+            with shelf.store.lease("b") as b:
+                with shelf.store.lease("a") as a:
+                    await ready(a, b, c)
+                    shelf.write("large", entries=2 * ENTRIES)
+                    shelf.write("small", entries=ENTRIES // 2)
+                    await shelf.settle()
+                    large = asyncio.create_task(shelf.use("large"))
+                    await asyncio.sleep(0.1)
+                    small = asyncio.create_task(shelf.use("small"))
+                    await asyncio.sleep(0.1)
+                await asyncio.sleep(0.1)
+                assert not large.done() and not small.done()
+            await large
+        await small
+
+
+def test_whoever_gives_up_waiting_does_not_hold_up_the_next(on_shelf: Any) -> None:
+    @on_shelf("a", "b", "c", slots=1)
+    async def _(shelf: Shelf) -> None:
+        with shelf.store.lease("a") as a:
+            await ready(a)
+            gives_up = asyncio.create_task(shelf.use("b"))
+            await asyncio.sleep(0.1)
+            waits = asyncio.create_task(shelf.use("c"))
+            await asyncio.sleep(0.1)
+            gives_up.cancel()
+        await waits
+        assert shelf.state("c") == "resident"
+        assert shelf.residency.evictions == 1  # of a; b never came
+        assert all(version.leases == 0 for version in shelf.store.list())
+
+
+def test_two_requests_for_one_adapter_load_it_once(on_shelf: Any) -> None:
+    @on_shelf("a")
+    async def _(shelf: Shelf) -> None:
+        first, second = await asyncio.gather(shelf.use("a"), shelf.use("a"))
+        assert first is second
+        assert len(shelf.slab._extents) == 1
+
+
+def test_a_pinned_adapter_is_not_evicted_until_it_is_unpinned(on_shelf: Any) -> None:
+    @on_shelf("a", "b", slots=1)
+    async def _(shelf: Shelf) -> None:
+        await shelf.use("a")
+        shelf.store.pin("a", pinned=True)
+        waits = asyncio.create_task(shelf.use("b"))
+        await asyncio.sleep(0.1)
+        assert shelf.state("a") == "resident" and not waits.done()
+        shelf.store.pin("a", pinned=False)
+        await waits
+        assert shelf.state("a") == "on host"
+
+
+def test_a_pin_outlives_the_version(on_shelf: Any) -> None:
+    @on_shelf("a", "b", slots=1)
+    async def _(shelf: Shelf) -> None:
+        shelf.store.pin("a", pinned=True)
+        old = await shelf.use("a")
+        shelf.write("a", seed=7)
+        await shelf.settle()
+        new = await shelf.use("a")
+        assert new is not old and new.pinned and old.slot is None
+
+
+def test_host_memory_keeps_to_its_budget_and_lost_copies_are_read_again(on_shelf: Any) -> None:
+    @on_shelf(*"abcd", slots=1, host=1.5)
+    async def _(shelf: Shelf) -> None:
+        digests = []
+        for name in "abcdabcd":
+            digests.append((await shelf.use(name)).digest)
+            assert 0 < shelf.residency.host_bytes <= 1.5 * ONE
+        assert digests[:4] == digests[4:] and len(set(digests)) == 4
+        assert shelf.state("a") == "found"
+
+
+def test_an_adapter_larger_than_all_the_memory_is_rejected(on_shelf: Any) -> None:
+    @on_shelf("a")
+    async def _(shelf: Shelf) -> None:
+        shelf.slab.arena = type(shelf.slab.arena)(1024, torch.device("cpu"))
+        with pytest.raises(RejectedAdapter, match="expected an adapter that takes at most 1024"):
+            await shelf.use("a")
+        assert shelf.state("a") == "rejected"
+
+
+def test_a_file_that_turns_out_bad_at_its_first_use_is_rejected(
+    on_shelf: Any, tmp_path: Path
+) -> None:
+    @on_shelf("a", "b")
+    async def _(shelf: Shelf) -> None:
+        file = tmp_path / "a.safetensors"
+        payload = bytearray(file.read_bytes())
+        payload[-4:] = b"\xff" * 4  # what is wrong with the last columns, no header tells
+        file.write_bytes(payload)
+        os.utime(file, (1e9, 1e9))
+        shelf.directory._taken.clear()
+        await shelf.directory.take_up()
+        assert shelf.state("a") == "found"
+        for _ in range(2):
+            with pytest.raises(RejectedAdapter, match="expected indices below 64"):
+                await shelf.use("a")
+        assert (await shelf.use("b")).name == "b"
+
+
+def test_a_version_replaced_before_it_was_loaded_gives_way_to_the_newest(on_shelf: Any) -> None:
+    @on_shelf("a", "b", slots=1)
+    async def _(shelf: Shelf) -> None:
+        with shelf.store.lease("b") as b:
+            await ready(b)
+            waits = asyncio.create_task(shelf.use("a"))
+            await asyncio.sleep(0.1)
+            shelf.write("a", seed=9)
+            await shelf.settle()
+        got = await waits
+        assert got is shelf.store.get("a")
+        assert shelf.state("a") == "resident"
+
+
+def test_a_file_replaced_unseen_is_noticed_when_it_is_read(on_shelf: Any) -> None:
+    @on_shelf("a")
+    async def _(shelf: Shelf) -> None:
+        shelf.write("a", seed=9)  # the directory has not looked yet
+        waits = asyncio.create_task(shelf.use("a"))
+        await asyncio.sleep(0.1)
+        await shelf.settle()
+        assert (await waits) is shelf.store.get("a")
+
+
+def test_a_file_overwritten_without_a_trace_is_not_taken_for_the_version_it_was(
+    on_shelf: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @on_shelf("a", "b", slots=1, host=0.01)
+    async def _(shelf: Shelf) -> None:
+        await shelf.use("a")
+        file = tmp_path / "a.safetensors"
+        payload = file.read_bytes().replace(b"random", b"modnar")
+        file.write_bytes(payload)
+        os.utime(file, (1e9, 1e9))
+        await shelf.settle()
+        await shelf.use("b")
+        monkeypatch.setattr("spieldose_server.store.NOTICE_SECONDS", 0.1)
+        with pytest.raises(UnreadableAdapter):
+            await shelf.use("a")
+        await shelf.directory.load("a")
+        assert (await shelf.use("a")).digest == hashlib.sha256(payload).hexdigest()
+
+
+def test_what_changes_while_it_is_read_is_not_taken(on_shelf: Any, tmp_path: Path) -> None:
+    @on_shelf("a")
+    async def _(shelf: Shelf) -> None:
+        files = AdapterFiles(tmp_path, SPEC, dtype=torch.float32)
+        stamp = files.scan()["a"]
+        shelf.write("a", seed=3)
+        for read in (files.read, files.describe):
+            with pytest.raises(FileChanged):
+                read("a", stamp)
+
+
+def test_a_removed_file_fails_only_those_who_still_wait(on_shelf: Any, tmp_path: Path) -> None:
+    @on_shelf("a", "b", slots=1)
+    async def _(shelf: Shelf) -> None:
+        with shelf.store.lease("b") as b:
+            await ready(b)
+            waits = asyncio.create_task(shelf.use("a"))
+            await asyncio.sleep(0.1)
+            for name in "ab":
+                (tmp_path / f"{name}.safetensors").unlink()
+            await shelf.settle()
+            with pytest.raises(UnknownAdapter):
+                await waits
+            assert shelf.state("b") == "draining" and b.version.slot is not None
+        assert shelf.store.list() == []
+        assert shelf.slab.arena.free_bytes == shelf.slab.budget
+
+
+def test_a_digest_names_that_version_or_none(on_shelf: Any) -> None:
+    @on_shelf("a")
+    async def _(shelf: Shelf) -> None:
+        first = await shelf.use("a")
+        for digest in (first.digest, first.digest[:12]):
+            assert await shelf.use(f"a@{digest}") is first
+        shelf.write("a", seed=5)
+        await shelf.settle()
+        second = await shelf.use("a")
+        assert await shelf.use(f"a@{second.digest}") is second
+        for unknown in (f"a@{first.digest}", f"a@{second.digest[:11]}", "a@", "b@" + first.digest):
+            with pytest.raises(UnknownAdapter):
+                await shelf.use(unknown)
+
+
+def test_a_digest_is_checked_even_before_the_file_was_ever_read(on_shelf: Any) -> None:
+    @on_shelf("a")
+    async def _(shelf: Shelf) -> None:
+        with pytest.raises(UnknownAdapter):
+            await shelf.use("a@" + "0" * 64)
+        assert shelf.store.get("a").leases == 0
+
+
+def test_the_same_content_again_is_the_same_version(on_shelf: Any, tmp_path: Path) -> None:
+    @on_shelf("a", slots=1, host=0.01)
+    async def _(shelf: Shelf) -> None:
+        before = await shelf.use("a")
+        shutil.copy(tmp_path / "a.safetensors", tmp_path / "x")
+        (tmp_path / "x").rename(tmp_path / "a.safetensors")
+        await shelf.settle()
+        assert shelf.store.get("a") is before and shelf.state("a") == "resident"
+        shelf.write("b", seed=3)
+        await shelf.settle()
+        await shelf.use("b")
+        assert await shelf.use("a") is before  # read anew, from the file as it is now
+
+
+@pytest.mark.parametrize("seconds", [-3600, 0, 3600])
+def test_a_replacement_is_seen_whatever_the_clock_of_its_file_system(
+    on_shelf: Any, tmp_path: Path, seconds: int
+) -> None:
+    @on_shelf("a")
+    async def _(shelf: Shelf) -> None:
+        before = await shelf.use("a")
+        time = (tmp_path / "a.safetensors").stat().st_mtime
+        shelf.write("a", seed=5)
+        os.utime(tmp_path / "a.safetensors", (time + seconds,) * 2)
+        await shelf.settle()
+        assert await shelf.use("a") is not before
+
+
+def test_renaming_a_file_renames_the_adapter(on_shelf: Any, tmp_path: Path) -> None:
+    @on_shelf("a")
+    async def _(shelf: Shelf) -> None:
+        before = await shelf.use("a")
+        (tmp_path / "a.safetensors").rename(tmp_path / "z.safetensors")
+        await shelf.settle()
+        assert (await shelf.use("z")).digest == before.digest
+        assert shelf.state("a") == ""
+
+
+def test_a_link_leads_to_the_file_it_names_now(on_shelf: Any, tmp_path: Path) -> None:
+    @on_shelf("a", "b")
+    async def _(shelf: Shelf) -> None:
+        link = tmp_path / "newest.safetensors"
+        link.symlink_to("a.safetensors")
+        await shelf.settle()
+        assert (await shelf.use("newest")).digest == (await shelf.use("a")).digest
+        link.unlink()
+        link.symlink_to("b.safetensors")
+        await shelf.settle()
+        assert (await shelf.use("newest")).digest == (await shelf.use("b")).digest
+        (tmp_path / "dangling.safetensors").symlink_to("nowhere")
+        await shelf.settle()
+        assert shelf.state("dangling") == ""
+
+
+def test_while_the_directory_is_gone_what_was_read_is_served(
+    on_shelf: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @on_shelf("a", "b", slots=1)
+    async def _(shelf: Shelf) -> None:
+        before = await shelf.use("a")
+        tmp_path.rename(tmp_path.with_name("away"))
+        await shelf.settle()
+        assert await shelf.use("a") is before
+        monkeypatch.setattr("spieldose_server.store.NOTICE_SECONDS", 0.1)
+        with pytest.raises(UnreadableAdapter):
+            await shelf.use("b")
+        tmp_path.with_name("away").rename(tmp_path)
+        await shelf.settle()
+        assert (await shelf.use("b")).name == "b"
+
+
+def test_watching_tells_what_there_is_and_what_becomes_of_it(on_shelf: Any, tmp_path: Path) -> None:
+    @on_shelf("a")
+    async def _(shelf: Shelf) -> None:
+        seen: list[tuple[str, str]] = []
+
+        async def watch() -> None:
+            with shelf.store.watching() as watcher:
+                async for version, gone in watcher:
+                    seen.append((version.name, "gone" if gone else version.state.value))
+
+        task = asyncio.create_task(watch())
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert seen == [("a", "found")]
+        await shelf.use("a")
+        (tmp_path / "a.safetensors").unlink()
+        await shelf.settle()
+        await asyncio.sleep(0.05)
+        assert ("a", "resident") in seen
+        assert seen[-1] == ("a", "gone")
+        shelf.store.close()
+        await task
+
+
+async def ready(*leases: Lease | None) -> None:
+    """Wait for adapters to be on the device."""
+    for lease in leases:
+        assert lease is not None
+        await lease.ready()
