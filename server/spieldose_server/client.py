@@ -10,7 +10,7 @@ import grpc
 from spieldose_kernels.errors import SpieldoseError
 from spieldose_proto import inference_pb2 as pb
 from spieldose_proto import inference_pb2_grpc as rpc
-from spieldose_server.config import DEFAULT_ADDRESS, MESSAGE_BYTES
+from spieldose_server.config import DEFAULT_ADDRESS, MESSAGE_BYTES, TENANT
 
 Answer = TypeVar("Answer")
 
@@ -42,7 +42,9 @@ class Client:
     ...         print(text, end="")
     """
 
-    def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
+    def __init__(self, address: str = DEFAULT_ADDRESS, *, tenant: str = "") -> None:
+        """Connect; `tenant` names who asks, for the server's fair turns."""
+        self._metadata = ((TENANT, tenant),)
         self._channel = grpc.insecure_channel(
             address, options=[("grpc.max_receive_message_length", MESSAGE_BYTES)]
         )
@@ -156,7 +158,9 @@ class Client:
             request.text = prompt
         else:
             request.messages.messages.extend(prompt)
-        return _streaming(self.inference.Generate(request, timeout=timeout))
+        return _streaming(
+            self.inference.Generate(request, timeout=timeout, metadata=self._metadata)
+        )
 
 
 def _streaming(call: Any) -> Iterator[Any]:

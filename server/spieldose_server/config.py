@@ -7,6 +7,7 @@ from typing import Literal
 from spieldose_server.errors import ConfigError
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
+TENANT = "spieldose-tenant"  # key of the calls' metadata that names who asks
 DIGEST_SHOWN = 12  # hex digits that tell versions apart for people, and enough to ask for one
 MESSAGE_BYTES = 64 << 20  # above any prompt limit, so that too long a prompt gets its own error
 
@@ -30,6 +31,9 @@ class ServerConfig:
     )
     max_batch_requests: int = 64  # requests of one forward pass
     max_requests: int = 1024  # requests accepted at once; more are turned away
+    max_tenant_requests: int = 512  # the same of one tenant
+    max_tenant_running: int = 64  # requests of one tenant in a forward pass; more wait
+    tenant_tokens_per_second: float = 0.0  # of prompts and answers; 0 sets no limit
     max_prompt_bytes: int = 1 << 20  # of text or messages in one request
     drain_seconds: float = 30.0  # how long running requests may go on after SIGTERM
 
@@ -42,11 +46,14 @@ class ServerConfig:
             "max_batch_tokens",
             "max_batch_requests",
             "max_requests",
+            "max_tenant_requests",
+            "max_tenant_running",
             "max_prompt_bytes",
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.drain_seconds < 0:
-            raise ConfigError(f"drain_seconds must not be negative, got {self.drain_seconds}")
+        for name in ("drain_seconds", "tenant_tokens_per_second"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
         if not self.adapters.is_dir():
             raise ConfigError(f"adapters must be a directory, got {self.adapters}")

@@ -8,6 +8,7 @@ SpieldoseError
     ├── RejectedAdapter        FAILED_PRECONDITION
     ├── AdapterTooLarge        FAILED_PRECONDITION
     ├── UnreadableAdapter      UNAVAILABLE
+    ├── Busy                   RESOURCE_EXHAUSTED, says when to try again
     └── EngineStopped          UNAVAILABLE
 """
 
@@ -59,6 +60,16 @@ class UnreadableAdapter(ServerError):
     """An adapter's file cannot be read now; that need not stay so."""
 
     code = grpc.StatusCode.UNAVAILABLE
+
+
+class Busy(ServerError):
+    """Too much is asked at once; later it may be served."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+    def __init__(self, problem: str, *, retry: float) -> None:
+        super().__init__(problem)
+        self.retry = retry  # seconds
 
 
 class EngineStopped(ServerError):

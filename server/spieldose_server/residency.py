@@ -2,7 +2,9 @@
 
 The event loop decides, workers read and copy. Both tiers are budgeted in bytes and evict what was
 used least recently. Host memory is a cache: losing a copy costs another read. A slot that a request
-waits for or plays is never taken away, nor is a pinned one.
+plays is never taken away, nor is a pinned one. When all slots are in use and another adapter waits,
+the one that came first must leave: it finishes what it plays, and those who still wait for it queue
+again. None has to before it has played.
 """
 
 import asyncio
@@ -45,8 +47,10 @@ class Residency:
         self._worker = worker
         self._host_memory = host_memory
         self._changed: Callable[[Version], None] = lambda _: None
+        self._dismiss: Callable[[Version], None] = lambda _: None
         self._host: OrderedDict[Version, PackedAdapter] = OrderedDict()  # least recently used first
         self._resident: OrderedDict[Version, None] = OrderedDict()  # the same
+        self._arrived: dict[Version, None] = {}  # those on the device, in the order they came
         self._reads: dict[Version, asyncio.Task[PackedAdapter]] = {}
         self._loads: dict[Version, asyncio.Task[None]] = {}
         self._turn = asyncio.Lock()  # whoever came first gets room first
@@ -57,18 +61,22 @@ class Residency:
         """Have every new state of a version told."""
         self._changed = changed
 
+    def dismiss_by(self, dismiss: Callable[[Version], None]) -> None:
+        """Have those who wait to play a version sent away when it has to leave."""
+        self._dismiss = dismiss
+
     @property
     def host_bytes(self) -> int:
         """Return how much host memory packed adapters take."""
         return sum(packed.nbytes for packed in self._host.values())
 
     async def load(self, version: Version) -> None:
-        """Wait until a version is on the device; it stays there while it is leased or pinned.
+        """Wait until a version is on the device, to stay until it has played.
 
         Raises Superseded if it was replaced or nobody needs it any more; FileChanged, OSError,
         DeltaError or AdapterTooLarge if its file is no use.
         """
-        while version.slot is None:
+        while version.slot is None or version.leaving:
             await _shared(self._loads, version, self._load)
         self._resident.move_to_end(version)
 
@@ -105,15 +113,16 @@ class Residency:
                 await self._put(version, packed)
 
     def release(self, version: Version) -> None:
-        """Take note that fewer requests use a version; free it if it is retired and unused."""
-        if version.leases == 0:
-            if version.retired and version.slot is not None:
-                self._unload(version)
-            self._freed.set()
+        """Take note that fewer requests use a version; free it if it has to leave and can."""
+        must_leave = version.retired or version.leaving
+        if version.slot is not None and must_leave and version.playing == 0:
+            self._unload(version)
+        self._freed.set()
 
     def retire(self, version: Version) -> None:
         """Let go of a version as soon as no request plays it any more."""
         version.retired = True
+        self._dismiss(version)
         self._forget(version)
         self.release(version)
         self._freed.set()  # whoever waits for room for it waits no longer
@@ -156,12 +165,17 @@ class Residency:
                 await self._put(version, packed)
             except ArenaFull:
                 if not self._evict():
+                    self._ask_to_leave()
                     await self._freed.wait()
+        for resident in self._resident:
+            resident.leaving = False  # there was room after all
 
     async def _put(self, version: Version, packed: PackedAdapter) -> None:
         loop = asyncio.get_running_loop()
         version.slot = await loop.run_in_executor(self._worker, self._slab.put, packed)
         self._resident[version] = None
+        self._arrived[version] = None
+        version.played = version.leaving = False
         log.info("adapter %s is resident", version)
         self._changed(version)
         self.release(version)  # it may have lost its last request, or its file, meanwhile
@@ -175,11 +189,22 @@ class Residency:
                 return True
         return False
 
+    def _ask_to_leave(self) -> None:
+        """Have the version leave that came first, once it has played."""
+        for version in self._arrived:
+            if version.leaving:
+                return
+            if version.played and not version.pinned and not version.retired:
+                version.leaving = True
+                self._dismiss(version)
+                self.release(version)
+                return
+
     def _unload(self, version: Version) -> None:
         assert version.slot is not None
         self._slab.remove(version.slot)
         version.slot = None
-        del self._resident[version]
+        del self._resident[version], self._arrived[version]
         self._freed.set()
         log.info("adapter %s has left the device", version)
         self._changed(version)

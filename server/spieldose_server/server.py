@@ -15,6 +15,7 @@ from grpc_reflection.v1alpha import reflection
 from spieldose_kernels.base import Base, load_base, pick_compute_dtype, pick_device
 from spieldose_proto import inference_pb2 as pb
 from spieldose_proto import inference_pb2_grpc as rpc
+from spieldose_server.admission import Admission, Limits
 from spieldose_server.config import MESSAGE_BYTES, ServerConfig
 from spieldose_server.directory import AdapterDirectory
 from spieldose_server.engine import Engine
@@ -74,7 +75,6 @@ class Server:
         self.port = 0  # known once started
         self._health = aio_health.HealthServicer()
         self._grpc = grpc.aio.server(
-            maximum_concurrent_rpcs=config.max_requests,
             options=[
                 ("grpc.max_receive_message_length", MESSAGE_BYTES),
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
@@ -82,7 +82,15 @@ class Server:
                 ("grpc.so_reuseport", 0),  # a port in use is an error, not a second server
             ],
         )
-        inference = InferenceService(base, self.engine, self.store, config)
+        limits = Limits(
+            running=config.max_batch_requests,
+            accepted=config.max_requests,
+            tenant_running=config.max_tenant_running,
+            tenant_accepted=config.max_tenant_requests,
+            tenant_tokens_per_second=config.tenant_tokens_per_second,
+        )
+        self.admission = Admission(limits, residency)
+        inference = InferenceService(base, self.engine, self.store, self.admission, config)
         rpc.add_InferenceServicer_to_server(inference, self._grpc)
         adapters = AdaptersService(self.store, self.directory)
         rpc.add_AdaptersServicer_to_server(adapters, self._grpc)

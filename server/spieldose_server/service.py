@@ -18,10 +18,11 @@ from spieldose_kernels.base import Base
 from spieldose_kernels.errors import SpieldoseError
 from spieldose_proto import inference_pb2 as pb
 from spieldose_proto import inference_pb2_grpc as rpc
-from spieldose_server.config import ServerConfig
+from spieldose_server.admission import Admission, Turn
+from spieldose_server.config import TENANT, ServerConfig
 from spieldose_server.directory import AdapterDirectory
 from spieldose_server.engine import Engine
-from spieldose_server.errors import InvalidRequest, ServerError
+from spieldose_server.errors import Busy, InvalidRequest, ServerError
 from spieldose_server.request import (
     ROLES,
     GenerationRequest,
@@ -30,11 +31,13 @@ from spieldose_server.request import (
     SamplingParams,
     fit,
 )
-from spieldose_server.store import AdapterStore, Lease
+from spieldose_server.store import AdapterStore
 from spieldose_server.text import TextStream
 from spieldose_server.versions import State, Version
 
 log = logging.getLogger(__name__)
+
+MAX_TENANT = 128  # characters
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -53,61 +56,72 @@ class InferenceService(rpc.InferenceServicer):
     """Generate text with any adapter."""
 
     def __init__(
-        self, base: Base, engine: Engine, store: AdapterStore, config: ServerConfig
+        self,
+        base: Base,
+        engine: Engine,
+        store: AdapterStore,
+        admission: Admission,
+        config: ServerConfig,
     ) -> None:
         self._base = base
         self._engine = engine
         self._store = store
+        self._admission = admission
         self._config = config
 
     async def Generate(
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncIterator[pb.GenerateResponse]:
         """Stream chunks, then one completion."""
-        async with _answering(context):
-            with self._store.lease(request.adapter_id) as lease:
-                async with aclosing(self._generate(request, lease)) as responses:
-                    async for response in responses:
-                        yield response
-
-    async def _generate(
-        self, request: pb.GenerateRequest, lease: Lease | None
-    ) -> AsyncGenerator[pb.GenerateResponse]:
-        started = time.perf_counter()
         request_id = request.request_id or secrets.token_hex(8)
-        prompt, sampling, limit = await self._read(request)
-        version = None if lease is None else await lease.ready()
-        generation = GenerationRequest(
-            id=secrets.token_hex(8),  # the client's own need not be unique
-            tokens=prompt,
-            slot=None if version is None else version.slot,
-            sampling=sampling,
-            max_tokens=limit,
-        )
+        started = time.perf_counter()
+        async with _answering(context):
+            with (
+                self._admission.accept(_tenant(context)) as tenant,
+                self._store.lease(request.adapter_id) as lease,
+            ):
+                tokens, sampling, limit = await self._read(request)
+                async with self._admission.turn(tenant, lease, tokens=len(tokens)) as turn:
+                    generation = GenerationRequest(
+                        id=secrets.token_hex(8),  # the client's own need not be unique
+                        tokens=tokens,
+                        slot=None if turn.version is None else turn.version.slot,
+                        sampling=sampling,
+                        max_tokens=limit,
+                    )
+                    async with aclosing(self._play(generation, turn)) as responses:
+                        async for response in responses:
+                            response.request_id = request_id
+                            yield response
+            usage = response.complete
+            log.info(
+                "request %s adapter %s: %d + %d tokens in %.2f s",
+                request_id,
+                turn.version or "(base)",
+                usage.prompt_tokens,
+                usage.completion_tokens,
+                time.perf_counter() - started,
+            )
+
+    async def _play(
+        self, generation: GenerationRequest, turn: Turn
+    ) -> AsyncGenerator[pb.GenerateResponse]:
+        """Yield a request's chunks as its tokens come, then its completion."""
         text = TextStream(self._base.tokenizer, generation.sampling.stop)
         count, ended = 0, False
         async with aclosing(self._engine.generate(generation)) as stream:
             async for tokens in stream:
+                turn.charge(len(tokens.ids))
                 piece, taken = text.push(tokens.ids)
                 if tokens.finished:
                     piece += text.finish()
                 count += len(taken)
                 ended = text.stopped or tokens.hit_end
-                chunk = pb.Chunk(text=piece, token_ids=taken)
-                yield pb.GenerateResponse(request_id=request_id, chunk=chunk)
+                yield pb.GenerateResponse(chunk=pb.Chunk(text=piece, token_ids=taken))
                 if text.stopped:
                     break
         yield pb.GenerateResponse(
-            request_id=request_id,
-            complete=_completion(generation, version, count=count, ended=ended),
-        )
-        log.info(
-            "request %s adapter %s: %d + %d tokens in %.2f s",
-            request_id,
-            "(base)" if version is None else version,
-            len(generation.tokens),
-            count,
-            time.perf_counter() - started,
+            complete=_completion(generation, turn.version, count=count, ended=ended)
         )
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
@@ -271,15 +285,29 @@ async def _answering(context: Context) -> AsyncIterator[None]:
 
 def _details(error: SpieldoseError, code: grpc.StatusCode) -> tuple[tuple[str, bytes], ...]:
     """Return google.rpc details as trailing metadata, as clients of rich errors expect them."""
-    if not isinstance(error, InvalidRequest):
-        return ()
     detail = any_pb2.Any()
-    violation = error_details_pb2.BadRequest.FieldViolation(
-        field=error.field, description=error.problem
-    )
-    detail.Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+    if isinstance(error, InvalidRequest):
+        violation = error_details_pb2.BadRequest.FieldViolation(
+            field=error.field, description=error.problem
+        )
+        detail.Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+    elif isinstance(error, Busy):
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromMilliseconds(round(1000 * error.retry))
+        detail.Pack(retry)
+    else:
+        return ()
     status = status_pb2.Status(code=code.value[0], message=str(error), details=[detail])
     return (("grpc-status-details-bin", status.SerializeToString()),)
+
+
+def _tenant(context: Context) -> str:
+    """Return who asks, from the call's metadata; "" is a tenant too. Raises InvalidRequest."""
+    given = [value for key, value in context.invocation_metadata() or () if key == TENANT]
+    name = str(given[0]) if given else ""
+    if len(name) > MAX_TENANT:
+        raise InvalidRequest(TENANT, f"expected at most {MAX_TENANT} characters, got {len(name)}")
+    return name
 
 
 def _named(adapter_id: str) -> str:

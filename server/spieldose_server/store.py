@@ -248,9 +248,13 @@ class Lease:
                 self.end()
                 self._take()
             else:
-                if not _matches(self.version, self._id.partition("@")[2]):
-                    raise _unknown(self._id)
-                return self.version
+                if self.version.playable:
+                    break
+                self.end()  # it had to leave meanwhile
+                self._take()
+        if not _matches(self.version, self._id.partition("@")[2]):
+            raise _unknown(self._id)
+        return self.version
 
     def end(self) -> None:
         """Let go of the version."""

@@ -38,6 +38,9 @@ class Version:
 
     pinned: bool = False  # not evicted
     leases: int = 0  # requests that wait for it or play it
+    playing: int = 0  # those in the engine
+    played: bool = False  # since it came to the device
+    leaving: bool = False  # no further request plays it: its room is wanted
 
     @property
     def state(self) -> State:
@@ -53,6 +56,11 @@ class Version:
         if self.awaited:
             return State.LOADING
         return State.ON_HOST if self.on_host else State.FOUND
+
+    @property
+    def playable(self) -> bool:
+        """Say whether a request may begin to play it."""
+        return self.slot is not None and not (self.leaving or self.retired)
 
     def __str__(self) -> str:
         return f"{self.name}@{self.digest[:DIGEST_SHOWN]}" if self.digest else self.name

@@ -328,6 +328,7 @@ def test_a_removed_file_fails_only_those_who_still_wait(on_shelf: Any, tmp_path:
     async def _(shelf: Shelf) -> None:
         with shelf.store.lease("b") as b:
             await ready(b)
+            b.version.playing += 1
             waits = asyncio.create_task(shelf.use("a"))
             await asyncio.sleep(0.1)
             for name in "ab":
@@ -336,6 +337,7 @@ def test_a_removed_file_fails_only_those_who_still_wait(on_shelf: Any, tmp_path:
             with pytest.raises(UnknownAdapter):
                 await waits
             assert shelf.state("b") == "draining" and b.version.slot is not None
+            b.version.playing -= 1
         assert shelf.store.list() == []
         assert shelf.slab.arena.free_bytes == shelf.slab.budget
 
