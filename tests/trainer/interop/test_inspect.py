@@ -11,7 +11,7 @@ from spieldose_kernels.delta import Adapter, SparseDelta
 from spieldose_kernels.delta_file import write_delta
 from spieldose_kernels.errors import BaseMismatch, DeltaError, NotADelta, TruncatedDelta
 from spieldose_trainer.interop.command_line import inspect
-from spieldose_trainer.interop.inspect import block_ranges
+from spieldose_trainer.interop.inspect import block_ranges, concentration
 from spieldose_trainer.interop.module_kind import module_kind
 
 
@@ -75,7 +75,7 @@ def test_every_module_has_a_line_when_asked(file: Path, capsys: pytest.CaptureFi
 def test_the_lines_fit_eighty_characters(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     inspect([str(file)])
     table = [line for line in capsys.readouterr().out.splitlines() if "%" in line]
-    assert len(table) == 9
+    assert len(table) == 10
     assert all(len(line) <= 80 for line in table)
 
 
@@ -165,6 +165,20 @@ def test_blocks_are_cut_into_at_most_three_ranges(
 def test_modules_outside_blocks_need_no_ranges(make_adapter: Callable[..., Adapter]) -> None:
     modules = {"projector": entries({0: 1.0}, shape=(4, 4))}
     assert block_ranges(replace(make_adapter(1), modules=modules)) == []
+
+
+def test_clustering_is_the_share_of_columns_and_rows_that_hold_half_of_the_entries(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    column = entries({8 * row: 1.0 for row in range(8)}, shape=(8, 8))
+    assert concentration([column]) == (1 / 8, 4 / 8)
+    row = entries({i: 1.0 for i in range(8)}, shape=(8, 8))
+    starts, columns = torch.zeros(9, dtype=torch.int32), torch.zeros(0, dtype=torch.uint16)
+    empty = SparseDelta(starts, columns, torch.zeros(0), 8)
+    assert concentration([row, empty]) == (4 / 8, 1 / 8)
+    assert concentration([column, row, row]) == (4 / 8, 1 / 8)
+    assert concentration([empty]) == (0.0, 0.0)
+    assert " of the columns, " in printed(capsys, str(file))["clustering:"]
 
 
 def entries(values: dict[int, float], *, shape: tuple[int, int]) -> SparseDelta:

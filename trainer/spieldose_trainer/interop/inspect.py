@@ -2,11 +2,13 @@
 
 import hashlib
 import math
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -50,10 +52,14 @@ def inspect(config: InspectConfig, console: Console) -> None:
     console.print(_facts(adapter))
     console.print()
     console.print(module_table(adapter) if config.modules else kind_table(adapter))
+    columns, rows = (f"{share:.0%}" for share in concentration(adapter.modules.values()))
+    console.print(
+        f"\nclustering: half of the entries lie in {columns} of the columns, {rows} of the rows"
+    )
     zeros = measure(adapter.modules.values()).zeros
     fits = "" if config.base is None else f", fits {config.base}"
     checks = f"checks: whole, well-formed{fits}; {zeros:,} entries have the value 0"
-    console.print(f"\n{checks}", soft_wrap=True)
+    console.print(checks, soft_wrap=True)
 
 
 def measure(deltas: Iterable[SparseDelta]) -> Measures:
@@ -68,6 +74,29 @@ def measure(deltas: Iterable[SparseDelta]) -> Measures:
         square += values.square().sum().item()
         largest = max(largest, values.abs().max().item() if delta.nnz else 0.0)
     return Measures(entries, weights, math.sqrt(square), largest, zeros)
+
+
+def concentration(deltas: Iterable[SparseDelta]) -> tuple[float, float]:
+    """Return what share of a layer's columns, and of its rows, hold half of its entries.
+
+    Medians over the layers; 0.5 where entries are spread evenly, a little less where at random.
+    """
+    shares = [
+        (
+            _half(delta.columns.long().bincount(minlength=delta.width)),
+            _half(delta.row_starts.diff()),
+        )
+        for delta in deltas
+        if delta.nnz
+    ]
+    columns, rows = zip(*shares, strict=True) if shares else ((0.0,), (0.0,))
+    return statistics.median(columns), statistics.median(rows)
+
+
+def _half(counts: torch.Tensor) -> float:
+    """Return the smallest share of counts, [n], that make up half of their sum."""
+    largest = counts.sort(descending=True).values.cumsum(0)
+    return (int((2 * largest < largest[-1]).sum()) + 1) / counts.numel()
 
 
 def kind_table(adapter: Adapter) -> Table:
