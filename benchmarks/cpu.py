@@ -181,6 +181,7 @@ class Spieldose:
         request = GenerationRequest(
             id=str(self.count),
             tokens=random_prompt(self.count, prompt),
+            plays=b"",
             slot=slot,
             sampling=SamplingParams(),
             max_tokens=tokens,

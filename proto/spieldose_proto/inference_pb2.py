@@ -24,17 +24,17 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fspieldose_proto/inference.proto\x12\x0cspieldose.v1\"\xe7\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nadapter_id\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x16.spieldose.v1.TokenIdsH\x00\x12.\n\x08messages\x18\x05 \x01(\x0b\x32\x1a.spieldose.v1.ChatMessagesH\x00\x12\x35\n\x0fsampling_params\x18\x06 \x01(\x0b\x32\x1c.spieldose.v1.SamplingParamsB\x08\n\x06prompt\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\";\n\x0c\x43hatMessages\x12+\n\x08messages\x18\x01 \x03(\x0b\x32\x19.spieldose.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xc8\x01\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x0c\n\x04stop\x18\x05 \x03(\t\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x04\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\r\n\x0b_max_tokensB\x07\n\x05_seed\"\x83\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12$\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x13.spieldose.v1.ChunkH\x00\x12,\n\x08\x63omplete\x18\x03 \x01(\x0b\x32\x18.spieldose.v1.CompletionH\x00\x42\x07\n\x05\x65vent\"(\n\x05\x43hunk\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\xa0\x01\n\nCompletion\x12\x31\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x1a.spieldose.v1.FinishReason\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\x12-\n\x07\x61\x64\x61pter\x18\x04 \x01(\x0b\x32\x1c.spieldose.v1.AdapterVersion\".\n\x0e\x41\x64\x61pterVersion\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\"[\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12.\n\x08messages\x18\x02 \x01(\x0b\x32\x1a.spieldose.v1.ChatMessagesH\x00\x42\x08\n\x06prompt\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\x15\n\x13GetModelInfoRequest\"\x9f\x01\n\tModelInfo\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x13\n\x0bmax_context\x18\x03 \x01(\r\x12\x12\n\nvocabulary\x18\x04 \x01(\r\x12\x19\n\x11has_chat_template\x18\x05 \x01(\x08\x12*\n\x06\x65ngine\x18\x06 \x01(\x0b\x32\x1a.spieldose.v1.EngineRecord\"s\n\x0c\x45ngineRecord\x12\r\n\x05steps\x18\x01 \x01(\x04\x12\x1c\n\x14max_adapters_in_step\x18\x02 \x01(\r\x12\x1c\n\x14max_requests_in_step\x18\x03 \x01(\r\x12\x18\n\x10generated_tokens\x18\x04 \x01(\x04\"\x15\n\x13ListAdaptersRequest\"?\n\x14ListAdaptersResponse\x12\'\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x15.spieldose.v1.Adapter\"\'\n\x11GetAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\"(\n\x12LoadAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\"*\n\x14UnloadAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\"\x17\n\x15UnloadAdapterResponse\"\x16\n\x14WatchAdaptersRequest\"D\n\x0c\x41\x64\x61pterEvent\x12&\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x15.spieldose.v1.Adapter\x12\x0c\n\x04gone\x18\x02 \x01(\x08\"\'\n\x11PinAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\")\n\x13UnpinAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\"\xdc\x01\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12)\n\x05state\x18\x03 \x01(\x0e\x32\x1a.spieldose.v1.AdapterState\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0e\n\x06method\x18\x05 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x06 \x01(\t\x12\x0f\n\x07\x64\x65nsity\x18\x07 \x01(\x01\x12\x0b\n\x03nnz\x18\x08 \x01(\x04\x12\x14\n\x0cmemory_bytes\x18\t \x01(\x04\x12\x0f\n\x07running\x18\n \x01(\r\x12\x0e\n\x06pinned\x18\x0b \x01(\x08*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02*\xee\x01\n\x0c\x41\x64\x61pterState\x12\x1d\n\x19\x41\x44\x41PTER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x41\x44\x41PTER_STATE_LOADING\x10\x01\x12\x1a\n\x16\x41\x44\x41PTER_STATE_RESIDENT\x10\x02\x12\x1a\n\x16\x41\x44\x41PTER_STATE_DRAINING\x10\x03\x12\x1a\n\x16\x41\x44\x41PTER_STATE_REJECTED\x10\x04\x12\x17\n\x13\x41\x44\x41PTER_STATE_FOUND\x10\x05\x12\x1c\n\x18\x41\x44\x41PTER_STATE_VALIDATING\x10\x06\x12\x19\n\x15\x41\x44\x41PTER_STATE_ON_HOST\x10\x07\x32\xef\x01\n\tInference\x12K\n\x08Generate\x12\x1d.spieldose.v1.GenerateRequest\x1a\x1e.spieldose.v1.GenerateResponse0\x01\x12I\n\x08Tokenize\x12\x1d.spieldose.v1.TokenizeRequest\x1a\x1e.spieldose.v1.TokenizeResponse\x12J\n\x0cGetModelInfo\x12!.spieldose.v1.GetModelInfoRequest\x1a\x17.spieldose.v1.ModelInfo2\xf9\x03\n\x08\x41\x64\x61pters\x12M\n\x04List\x12!.spieldose.v1.ListAdaptersRequest\x1a\".spieldose.v1.ListAdaptersResponse\x12=\n\x03Get\x12\x1f.spieldose.v1.GetAdapterRequest\x1a\x15.spieldose.v1.Adapter\x12I\n\x05Watch\x12\".spieldose.v1.WatchAdaptersRequest\x1a\x1a.spieldose.v1.AdapterEvent0\x01\x12?\n\x04Load\x12 .spieldose.v1.LoadAdapterRequest\x1a\x15.spieldose.v1.Adapter\x12Q\n\x06Unload\x12\".spieldose.v1.UnloadAdapterRequest\x1a#.spieldose.v1.UnloadAdapterResponse\x12=\n\x03Pin\x12\x1f.spieldose.v1.PinAdapterRequest\x1a\x15.spieldose.v1.Adapter\x12\x41\n\x05Unpin\x12!.spieldose.v1.UnpinAdapterRequest\x1a\x15.spieldose.v1.Adapterb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fspieldose_proto/inference.proto\x12\x0cspieldose.v1\"\xe7\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nadapter_id\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x16.spieldose.v1.TokenIdsH\x00\x12.\n\x08messages\x18\x05 \x01(\x0b\x32\x1a.spieldose.v1.ChatMessagesH\x00\x12\x35\n\x0fsampling_params\x18\x06 \x01(\x0b\x32\x1c.spieldose.v1.SamplingParamsB\x08\n\x06prompt\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\";\n\x0c\x43hatMessages\x12+\n\x08messages\x18\x01 \x03(\x0b\x32\x19.spieldose.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xc8\x01\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x0c\n\x04stop\x18\x05 \x03(\t\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x04\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\r\n\x0b_max_tokensB\x07\n\x05_seed\"\x83\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12$\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x13.spieldose.v1.ChunkH\x00\x12,\n\x08\x63omplete\x18\x03 \x01(\x0b\x32\x18.spieldose.v1.CompletionH\x00\x42\x07\n\x05\x65vent\"(\n\x05\x43hunk\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\xa0\x01\n\nCompletion\x12\x31\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x1a.spieldose.v1.FinishReason\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\x12-\n\x07\x61\x64\x61pter\x18\x04 \x01(\x0b\x32\x1c.spieldose.v1.AdapterVersion\".\n\x0e\x41\x64\x61pterVersion\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\"[\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12.\n\x08messages\x18\x02 \x01(\x0b\x32\x1a.spieldose.v1.ChatMessagesH\x00\x42\x08\n\x06prompt\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\x15\n\x13GetModelInfoRequest\"\x9f\x01\n\tModelInfo\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x13\n\x0bmax_context\x18\x03 \x01(\r\x12\x12\n\nvocabulary\x18\x04 \x01(\r\x12\x19\n\x11has_chat_template\x18\x05 \x01(\x08\x12*\n\x06\x65ngine\x18\x06 \x01(\x0b\x32\x1a.spieldose.v1.EngineRecord\"\x8a\x01\n\x0c\x45ngineRecord\x12\r\n\x05steps\x18\x01 \x01(\x04\x12\x1c\n\x14max_adapters_in_step\x18\x02 \x01(\r\x12\x1c\n\x14max_requests_in_step\x18\x03 \x01(\r\x12\x18\n\x10generated_tokens\x18\x04 \x01(\x04\x12\x15\n\rcached_tokens\x18\x05 \x01(\x04\"\x15\n\x13ListAdaptersRequest\"?\n\x14ListAdaptersResponse\x12\'\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x15.spieldose.v1.Adapter\"\'\n\x11GetAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\"(\n\x12LoadAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\"*\n\x14UnloadAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\"\x17\n\x15UnloadAdapterResponse\"\x16\n\x14WatchAdaptersRequest\"D\n\x0c\x41\x64\x61pterEvent\x12&\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x15.spieldose.v1.Adapter\x12\x0c\n\x04gone\x18\x02 \x01(\x08\"\'\n\x11PinAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\")\n\x13UnpinAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\"\xdc\x01\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12)\n\x05state\x18\x03 \x01(\x0e\x32\x1a.spieldose.v1.AdapterState\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0e\n\x06method\x18\x05 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x06 \x01(\t\x12\x0f\n\x07\x64\x65nsity\x18\x07 \x01(\x01\x12\x0b\n\x03nnz\x18\x08 \x01(\x04\x12\x14\n\x0cmemory_bytes\x18\t \x01(\x04\x12\x0f\n\x07running\x18\n \x01(\r\x12\x0e\n\x06pinned\x18\x0b \x01(\x08*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02*\xee\x01\n\x0c\x41\x64\x61pterState\x12\x1d\n\x19\x41\x44\x41PTER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x41\x44\x41PTER_STATE_LOADING\x10\x01\x12\x1a\n\x16\x41\x44\x41PTER_STATE_RESIDENT\x10\x02\x12\x1a\n\x16\x41\x44\x41PTER_STATE_DRAINING\x10\x03\x12\x1a\n\x16\x41\x44\x41PTER_STATE_REJECTED\x10\x04\x12\x17\n\x13\x41\x44\x41PTER_STATE_FOUND\x10\x05\x12\x1c\n\x18\x41\x44\x41PTER_STATE_VALIDATING\x10\x06\x12\x19\n\x15\x41\x44\x41PTER_STATE_ON_HOST\x10\x07\x32\xef\x01\n\tInference\x12K\n\x08Generate\x12\x1d.spieldose.v1.GenerateRequest\x1a\x1e.spieldose.v1.GenerateResponse0\x01\x12I\n\x08Tokenize\x12\x1d.spieldose.v1.TokenizeRequest\x1a\x1e.spieldose.v1.TokenizeResponse\x12J\n\x0cGetModelInfo\x12!.spieldose.v1.GetModelInfoRequest\x1a\x17.spieldose.v1.ModelInfo2\xf9\x03\n\x08\x41\x64\x61pters\x12M\n\x04List\x12!.spieldose.v1.ListAdaptersRequest\x1a\".spieldose.v1.ListAdaptersResponse\x12=\n\x03Get\x12\x1f.spieldose.v1.GetAdapterRequest\x1a\x15.spieldose.v1.Adapter\x12I\n\x05Watch\x12\".spieldose.v1.WatchAdaptersRequest\x1a\x1a.spieldose.v1.AdapterEvent0\x01\x12?\n\x04Load\x12 .spieldose.v1.LoadAdapterRequest\x1a\x15.spieldose.v1.Adapter\x12Q\n\x06Unload\x12\".spieldose.v1.UnloadAdapterRequest\x1a#.spieldose.v1.UnloadAdapterResponse\x12=\n\x03Pin\x12\x1f.spieldose.v1.PinAdapterRequest\x1a\x15.spieldose.v1.Adapter\x12\x41\n\x05Unpin\x12!.spieldose.v1.UnpinAdapterRequest\x1a\x15.spieldose.v1.Adapterb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'spieldose_proto.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=2080
-  _globals['_FINISHREASON']._serialized_end=2175
-  _globals['_ADAPTERSTATE']._serialized_start=2178
-  _globals['_ADAPTERSTATE']._serialized_end=2416
+  _globals['_FINISHREASON']._serialized_start=2104
+  _globals['_FINISHREASON']._serialized_end=2199
+  _globals['_ADAPTERSTATE']._serialized_start=2202
+  _globals['_ADAPTERSTATE']._serialized_end=2440
   _globals['_GENERATEREQUEST']._serialized_start=50
   _globals['_GENERATEREQUEST']._serialized_end=281
   _globals['_TOKENIDS']._serialized_start=283
@@ -61,32 +61,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETMODELINFOREQUEST']._serialized_end=1158
   _globals['_MODELINFO']._serialized_start=1161
   _globals['_MODELINFO']._serialized_end=1320
-  _globals['_ENGINERECORD']._serialized_start=1322
-  _globals['_ENGINERECORD']._serialized_end=1437
-  _globals['_LISTADAPTERSREQUEST']._serialized_start=1439
-  _globals['_LISTADAPTERSREQUEST']._serialized_end=1460
-  _globals['_LISTADAPTERSRESPONSE']._serialized_start=1462
-  _globals['_LISTADAPTERSRESPONSE']._serialized_end=1525
-  _globals['_GETADAPTERREQUEST']._serialized_start=1527
-  _globals['_GETADAPTERREQUEST']._serialized_end=1566
-  _globals['_LOADADAPTERREQUEST']._serialized_start=1568
-  _globals['_LOADADAPTERREQUEST']._serialized_end=1608
-  _globals['_UNLOADADAPTERREQUEST']._serialized_start=1610
-  _globals['_UNLOADADAPTERREQUEST']._serialized_end=1652
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=1654
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=1677
-  _globals['_WATCHADAPTERSREQUEST']._serialized_start=1679
-  _globals['_WATCHADAPTERSREQUEST']._serialized_end=1701
-  _globals['_ADAPTEREVENT']._serialized_start=1703
-  _globals['_ADAPTEREVENT']._serialized_end=1771
-  _globals['_PINADAPTERREQUEST']._serialized_start=1773
-  _globals['_PINADAPTERREQUEST']._serialized_end=1812
-  _globals['_UNPINADAPTERREQUEST']._serialized_start=1814
-  _globals['_UNPINADAPTERREQUEST']._serialized_end=1855
-  _globals['_ADAPTER']._serialized_start=1858
-  _globals['_ADAPTER']._serialized_end=2078
-  _globals['_INFERENCE']._serialized_start=2419
-  _globals['_INFERENCE']._serialized_end=2658
-  _globals['_ADAPTERS']._serialized_start=2661
-  _globals['_ADAPTERS']._serialized_end=3166
+  _globals['_ENGINERECORD']._serialized_start=1323
+  _globals['_ENGINERECORD']._serialized_end=1461
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=1463
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=1484
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=1486
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=1549
+  _globals['_GETADAPTERREQUEST']._serialized_start=1551
+  _globals['_GETADAPTERREQUEST']._serialized_end=1590
+  _globals['_LOADADAPTERREQUEST']._serialized_start=1592
+  _globals['_LOADADAPTERREQUEST']._serialized_end=1632
+  _globals['_UNLOADADAPTERREQUEST']._serialized_start=1634
+  _globals['_UNLOADADAPTERREQUEST']._serialized_end=1676
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=1678
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=1701
+  _globals['_WATCHADAPTERSREQUEST']._serialized_start=1703
+  _globals['_WATCHADAPTERSREQUEST']._serialized_end=1725
+  _globals['_ADAPTEREVENT']._serialized_start=1727
+  _globals['_ADAPTEREVENT']._serialized_end=1795
+  _globals['_PINADAPTERREQUEST']._serialized_start=1797
+  _globals['_PINADAPTERREQUEST']._serialized_end=1836
+  _globals['_UNPINADAPTERREQUEST']._serialized_start=1838
+  _globals['_UNPINADAPTERREQUEST']._serialized_end=1879
+  _globals['_ADAPTER']._serialized_start=1882
+  _globals['_ADAPTER']._serialized_end=2102
+  _globals['_INFERENCE']._serialized_start=2443
+  _globals['_INFERENCE']._serialized_end=2682
+  _globals['_ADAPTERS']._serialized_start=2685
+  _globals['_ADAPTERS']._serialized_end=3190
 # @@protoc_insertion_point(module_scope)

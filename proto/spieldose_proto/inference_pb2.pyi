@@ -160,16 +160,18 @@ class ModelInfo(_message.Message):
     def __init__(self, model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., max_context: _Optional[int] = ..., vocabulary: _Optional[int] = ..., has_chat_template: _Optional[bool] = ..., engine: _Optional[_Union[EngineRecord, _Mapping]] = ...) -> None: ...
 
 class EngineRecord(_message.Message):
-    __slots__ = ("steps", "max_adapters_in_step", "max_requests_in_step", "generated_tokens")
+    __slots__ = ("steps", "max_adapters_in_step", "max_requests_in_step", "generated_tokens", "cached_tokens")
     STEPS_FIELD_NUMBER: _ClassVar[int]
     MAX_ADAPTERS_IN_STEP_FIELD_NUMBER: _ClassVar[int]
     MAX_REQUESTS_IN_STEP_FIELD_NUMBER: _ClassVar[int]
     GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     steps: int
     max_adapters_in_step: int
     max_requests_in_step: int
     generated_tokens: int
-    def __init__(self, steps: _Optional[int] = ..., max_adapters_in_step: _Optional[int] = ..., max_requests_in_step: _Optional[int] = ..., generated_tokens: _Optional[int] = ...) -> None: ...
+    cached_tokens: int
+    def __init__(self, steps: _Optional[int] = ..., max_adapters_in_step: _Optional[int] = ..., max_requests_in_step: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class ListAdaptersRequest(_message.Message):
     __slots__ = ()

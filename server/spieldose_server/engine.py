@@ -36,6 +36,7 @@ from spieldose_kernels.delta_matmul import delta_matmul
 from spieldose_kernels.linear import ServedLayers
 from spieldose_kernels.slab import Slab
 from spieldose_kernels.token_groups import TokenGroups
+from spieldose_server import prefix_cache
 from spieldose_server.config import ServerConfig
 from spieldose_server.errors import EngineStopped
 from spieldose_server.request import GenerationRequest, SamplingParams
@@ -63,6 +64,7 @@ class Record:
         self.max_adapters = 0
         self.max_requests = 0
         self.generated_tokens = 0
+        self.cached_tokens = 0  # of prompts, found in the KV cache
         self.recent: deque[Step] = deque(maxlen=4096)
 
     def add(self, batch: list[FutureRequestState]) -> None:
@@ -127,6 +129,12 @@ class Engine:
         alive: bool = self._manager.is_running()
         return alive and self._manager.background_thread_status.can_accept_new_requests() is None
 
+    @property
+    def held_pages(self) -> int:
+        """Return the pages of KV cache that requests hold; pages kept for later ones are free."""
+        allocators = self._manager.batch_processor.cache.cache_allocators.values()
+        return sum(len(set().union(*a.block_table.copy().values())) for a in allocators)
+
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Tokens]:
         """Yield tokens as they are made, all that are ready at once; ends after the last.
 
@@ -185,6 +193,7 @@ class Engine:
             streaming=True,
             eos_token_id=sorted(self._end_ids),
             slot=request.slot,
+            plays=request.plays,
             sampling=request.sampling,
             seed=secrets.randbits(64) if request.sampling.seed is None else request.sampling.seed,
         )
@@ -194,19 +203,19 @@ class Engine:
     def _make_manager(self, base: Base, config: ServerConfig) -> Any:
         scheduler = f"spieldose-{id(self)}"
         registry: dict[str, Any] = SCHEDULER_MAPPING
-        registry[scheduler] = partial(_Scheduler, self._cancelled, self._released)
+        registry[scheduler] = partial(_Scheduler, self._cancelled, self._released, self.record)
         settings = ContinuousBatchingConfig(
             page_size=PAGE_TOKENS,
             num_blocks=-(-config.kv_tokens // PAGE_TOKENS),
             max_batch_tokens=config.max_batch_tokens,
             max_requests_per_batch=min(config.max_batch_requests, config.max_batch_tokens),
-            # prefix sharing hashes token ids alone: across adapters it would return wrong KV
-            allow_block_sharing=False,
+            allow_block_sharing=True,  # safe only as _Scheduler and prefix_cache make it
             # slots are regrouped on the host before every step
             use_cuda_graph=False,
             use_async_batching=False,
             scheduler_type=scheduler,
         )
+        prefix_cache.install()
         # the largest score is the sample: noise is added per request, by _Processors
         greedy = GenerationConfig(do_sample=False, eos_token_id=sorted(self._end_ids))
         model: Any = base.model
@@ -214,6 +223,8 @@ class Engine:
         manager.logit_processor = _Processors(self._prepare)
         manager.warmup()  # creates the KV cache now, so that its capacity is known
         del registry[scheduler]
+        cache: Any = manager.batch_processor.cache
+        cache.mark_complete_blocks = partial(_mark_pages, cache.mark_complete_blocks)
         return manager
 
     def _compile(self, dtype: torch.dtype) -> None:
@@ -296,18 +307,23 @@ class _Processors(ContinuousBatchingLogitsProcessorList):
 
 
 class _Scheduler(FIFOScheduler):
-    """First in, first out; tells when a cancelled request is out of every batch.
+    """First in, first out; shares prefixes within a version; tells when cancelled ones are out.
 
     The manager drains new requests and cancellations one after the other from two queues. A
     cancellation that overtakes its request would be lost, so cancelled requests are not let in.
     """
 
     def __init__(
-        self, cancelled: set[str], released: Callable[[str], None], **arguments: Any
+        self,
+        cancelled: set[str],
+        released: Callable[[str], None],
+        record: Record,
+        **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
         self._cancelled = cancelled
         self._released = released
+        self._record = record
 
     def add_waiting_request(self, state: RequestState) -> None:
         """Queue a request unless it is cancelled already."""
@@ -316,12 +332,31 @@ class _Scheduler(FIFOScheduler):
         else:
             super().add_waiting_request(state)
 
+    def _infer_request_tokens(self, state: RequestState, *arguments: Any) -> list[int]:
+        """Look for the beginning of a prompt among pages that the same adapter version made."""
+        before = state.position_offset
+        with prefix_cache.playing(_plays(state)):
+            tokens: list[int] = super()._infer_request_tokens(state, *arguments)
+        self._record.cached_tokens += state.position_offset - before
+        return tokens
+
     def clear_cancelled_requests(self) -> list[RequestState]:
         """Free cancelled requests, between two steps."""
         states: list[RequestState] = super().clear_cancelled_requests()
         for state in states:
             self._released(state.request_id)
         return states
+
+
+def _plays(state: RequestState) -> bytes:
+    plays: bytes = state.logit_processor_kwargs["plays"]
+    return plays
+
+
+def _mark_pages(mark: Callable[..., None], state: RequestState, *arguments: Any) -> None:
+    """Offer pages that a request has filled to those that play the same."""
+    with prefix_cache.playing(_plays(state)):
+        mark(state, *arguments)
 
 
 def _slot(future: FutureRequestState) -> int | None:

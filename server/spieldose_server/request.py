@@ -58,6 +58,7 @@ class GenerationRequest:
     id: str
     tokens: list[int]
     slot: int | None  # of the adapter; None plays the base
+    plays: bytes  # names the content of what plays: the key of shared prefixes
     sampling: SamplingParams
     max_tokens: int
 

@@ -86,6 +86,7 @@ class InferenceService(rpc.InferenceServicer):
                         id=secrets.token_hex(8),  # the client's own need not be unique
                         tokens=tokens,
                         slot=None if turn.version is None else turn.version.slot,
+                        plays=b"" if turn.version is None else turn.version.digest.encode(),
                         sampling=sampling,
                         max_tokens=limit,
                     )
@@ -145,6 +146,7 @@ class InferenceService(rpc.InferenceServicer):
                 max_adapters_in_step=record.max_adapters,
                 max_requests_in_step=record.max_requests,
                 generated_tokens=record.generated_tokens,
+                cached_tokens=record.cached_tokens,
             ),
         )
 

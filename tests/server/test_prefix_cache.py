@@ -1,0 +1,93 @@
+"""A common prefix is computed once for an adapter version, and never shared across versions."""
+
+import pytest
+
+from spieldose_kernels.delta_file import write_delta
+from spieldose_proto import inference_pb2 as pb
+from spieldose_server.client import Reply
+from spieldose_server.prefix_cache import page_hash, playing
+
+from ..conftest import Running, eventually
+
+SAMPLING = pb.SamplingParams(max_tokens=12)
+PROMPT = "The quick brown fox jumps over the lazy dog. " * 5  # 225 tokens, three whole pages
+PAGES = 3 * 64
+
+
+def ask(running: Running, adapter: str, prompt: str = PROMPT) -> tuple[Reply, int]:
+    """Return an answer, and how many of the prompt's tokens were found in the cache."""
+    before = running.client.model().engine.cached_tokens
+    reply = running.client.generate(prompt, adapter=adapter, sampling=SAMPLING)
+    return reply, running.client.model().engine.cached_tokens - before
+
+
+@pytest.mark.parametrize("adapter", ["", "a1"])
+def test_the_same_prompt_again_is_found_and_answered_alike(running: Running, adapter: str) -> None:
+    first, missed = ask(running, adapter)
+    again, found = ask(running, adapter)
+    assert (missed, found) == (0, PAGES)
+    assert again == first
+
+
+def test_only_what_is_common_is_found(running: Running) -> None:
+    whole, _ = ask(running, "a1", PROMPT[:70] + "x" * 130)
+    ask(running, "a1")
+    reply, found = ask(running, "a1", PROMPT[:70] + "y" * 130)
+    assert found == 64
+    assert reply.token_ids != whole.token_ids
+
+
+def test_adapters_and_the_base_find_nothing_of_each_other(running: Running) -> None:
+    players = ("", "a1", "a2", "a3", "a4")
+    replies = {adapter: ask(running, adapter) for adapter in players}
+    assert [found for _, found in replies.values()] == [0] * 5
+    assert len({reply.token_ids for reply, _ in replies.values()}) == 5
+    for adapter in players[::-1]:
+        assert ask(running, adapter) == (replies[adapter][0], PAGES)
+
+
+def test_a_replaced_version_finds_nothing_of_the_old_one(running: Running, make_adapter) -> None:
+    old, _ = ask(running, "a1")
+    file = running.directory / "a1.safetensors"
+    content = file.read_bytes()
+    write_delta(file, make_adapter(77))
+    eventually(lambda: running.client.generate("x", adapter="a1").adapter != old.adapter)
+    new, found = ask(running, "a1")
+    assert found == 0 and new.token_ids != old.token_ids
+    file.write_bytes(content)
+    eventually(lambda: running.client.generate("x", adapter="a1").adapter == old.adapter)
+    assert ask(running, "a1") == (old, PAGES)
+
+
+def test_the_same_content_under_two_names_shares_its_prefixes(running: Running) -> None:
+    first, _ = ask(running, "a1")
+    (running.directory / "copy.safetensors").write_bytes(
+        (running.directory / "a1.safetensors").read_bytes()
+    )
+    eventually(lambda: "copy" in {adapter.name for adapter in running.client.adapters()})
+    reply, found = ask(running, "copy")
+    assert found == PAGES and reply.token_ids == first.token_ids
+
+
+def test_a_sampled_answer_does_not_depend_on_the_cache(running: Running) -> None:
+    sampling = pb.SamplingParams(max_tokens=12, temperature=1.0, seed=5)
+    first = running.client.generate(PROMPT, adapter="a1", sampling=sampling)
+    assert running.client.generate(PROMPT, adapter="a1", sampling=sampling) == first
+
+
+def test_pages_are_told_apart_by_what_plays_and_by_what_came_before() -> None:
+    tokens = list(range(64))
+    with playing(b"a"):
+        a = page_hash(None, tokens)
+        assert page_hash(None, tokens) == a
+        assert page_hash(None, tokens[::-1]) != a
+        assert page_hash(a, tokens) != a
+        after = page_hash(a, tokens)
+    with playing(b"b"):
+        b = page_hash(None, tokens)
+        assert b != a
+        assert page_hash(b, tokens) != after
+        with playing(a.to_bytes(16, "little")):  # whoever plays what looks like a page's hash
+            assert page_hash(None, tokens) != after
+    with pytest.raises(LookupError):
+        page_hash(None, tokens)
