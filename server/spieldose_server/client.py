@@ -29,6 +29,7 @@ class Reply:
 
     text: str
     token_ids: tuple[int, ...]
+    logprobs: tuple[pb.TokenLogprob, ...]  # one for each, if asked for
     finish_reason: str  # "stop" or "length"
     prompt_tokens: int
     adapter: str  # name@digest of the version that played, empty for the base
@@ -95,16 +96,21 @@ class Client:
         timeout: float | None = None,
     ) -> Reply:
         """Return the whole answer to a text, or to chat messages. Raises ClientError."""
-        responses = list(self._responses(prompt, adapter, sampling, timeout))
-        complete = responses[-1].complete
-        played = complete.adapter
-        return Reply(
-            text="".join(response.chunk.text for response in responses),
-            token_ids=tuple(token for r in responses for token in r.chunk.token_ids),
-            finish_reason=pb.FinishReason.Name(complete.finish_reason).rpartition("_")[2].lower(),
-            prompt_tokens=complete.prompt_tokens,
-            adapter=f"{played.name}@{played.digest}" if played.name else "",
-        )
+        return self.answers(prompt, adapter=adapter, sampling=sampling, timeout=timeout)[0]
+
+    def answers(
+        self,
+        prompt: str | Sequence[pb.ChatMessage],
+        *,
+        adapter: str = "",
+        sampling: pb.SamplingParams | None = None,
+        timeout: float | None = None,
+    ) -> list[Reply]:
+        """Return all `sampling.n` answers. Raises ClientError."""
+        parts: dict[int, list[pb.GenerateResponse]] = {}
+        for response in self._responses(prompt, adapter, sampling, timeout):
+            parts.setdefault(response.index, []).append(response)
+        return [_reply(parts[index]) for index in sorted(parts)]
 
     def model(self) -> pb.ModelInfo:
         """Return what the server runs. Raises ClientError."""
@@ -161,6 +167,19 @@ class Client:
         return _streaming(
             self.inference.Generate(request, timeout=timeout, metadata=self._metadata)
         )
+
+
+def _reply(responses: Sequence[pb.GenerateResponse]) -> Reply:
+    complete = responses[-1].complete
+    played = complete.adapter
+    return Reply(
+        text="".join(response.chunk.text for response in responses),
+        token_ids=tuple(token for r in responses for token in r.chunk.token_ids),
+        logprobs=tuple(found for r in responses for found in r.chunk.logprobs),
+        finish_reason=pb.FinishReason.Name(complete.finish_reason).rpartition("_")[2].lower(),
+        prompt_tokens=complete.prompt_tokens,
+        adapter=f"{played.name}@{played.digest}" if played.name else "",
+    )
 
 
 def _streaming(call: Any) -> Iterator[Any]:

@@ -40,7 +40,7 @@ from spieldose_server import prefix_cache
 from spieldose_server.config import ServerConfig
 from spieldose_server.errors import EngineStopped
 from spieldose_server.request import GenerationRequest, SamplingParams
-from spieldose_server.sampling import perturb
+from spieldose_server.sampling import TokenLogprob, penalise, perturb
 
 PAGE_TOKENS = 64  # tokens per page of KV cache: the rest of a request's last page lies idle
 
@@ -90,7 +90,8 @@ class Tokens:
 
     ids: list[int]
     finished: bool
-    hit_end: bool  # finished by an end-of-sequence token, not by the limit
+    hit_end: bool  # finished by an end-of-sequence or stop token, not by the limit
+    logprobs: list[TokenLogprob]  # one for each, if asked for
 
 
 class Engine:
@@ -109,6 +110,7 @@ class Engine:
         self._compile(base.model.dtype)
         self._cancelled: set[str] = set()  # adding and discarding are atomic: both threads use it
         self._gone: dict[str, Callable[[], object]] = {}
+        self._logprobs: dict[str, deque[TokenLogprob]] = {}  # not yet delivered, by request
         self._end_ids = _end_ids(base.model.generation_config)
         self._manager = self._make_manager(base, config)
         cache = self._manager.batch_processor.cache
@@ -152,6 +154,10 @@ class Engine:
         loop = asyncio.get_running_loop()
         self._gone[request.id] = lambda: loop.call_soon_threadsafe(gone.set)
         self._manager.register_result_handler(request.id, deliver)
+        logprobs: deque[TokenLogprob] = deque()
+        if request.sampling.logprobs is not None:
+            self._logprobs[request.id] = logprobs
+        ends = self._end_ids.union(request.sampling.stop_token_ids)
         try:
             self._submit(request)
             seen, finished = 0, False
@@ -162,7 +168,8 @@ class Engine:
                     raise EngineStopped(f"the engine stopped: {output.error}")
                 ids = output.generated_tokens[seen:]
                 seen += len(ids)
-                yield Tokens(ids, finished, finished and ids[-1] in self._end_ids)
+                given = [logprobs.popleft() for _ in ids] if logprobs else []
+                yield Tokens(ids, finished, finished and ids[-1] in ends, given)
         finally:
             if not gone.is_set():
                 self._cancelled.add(request.id)
@@ -171,6 +178,7 @@ class Engine:
                 self._cancelled.discard(request.id)
             self._manager.output_router.result_handlers.pop(request.id, None)
             del self._gone[request.id]
+            self._logprobs.pop(request.id, None)
 
     async def _let_go(self, gone: asyncio.Event) -> None:
         """Wait until the engine is done with a request, however often this task is cancelled."""
@@ -191,7 +199,8 @@ class Engine:
             request_id=request.id,
             max_new_tokens=request.max_tokens,
             streaming=True,
-            eos_token_id=sorted(self._end_ids),
+            eos_token_id=sorted(self._end_ids.union(request.sampling.stop_token_ids)),
+            prompt_length=len(request.tokens),
             slot=request.slot,
             plays=request.plays,
             sampling=request.sampling,
@@ -220,7 +229,7 @@ class Engine:
         greedy = GenerationConfig(do_sample=False, eos_token_id=sorted(self._end_ids))
         model: Any = base.model
         manager = model.init_continuous_batching(greedy, settings)
-        manager.logit_processor = _Processors(self._prepare)
+        manager.logit_processor = _Processors(self._prepare, self._end_ids, self._logprobs)
         manager.warmup()  # creates the KV cache now, so that its capacity is known
         del registry[scheduler]
         cache: Any = manager.batch_processor.cache
@@ -255,14 +264,22 @@ class _Processors(ContinuousBatchingLogitsProcessorList):
     processor's sees those that get a token, and would miss requests in chunked prefill.
     """
 
-    TEMPERATURE, TOP_P, TOP_K, SEED_LOW, SEED_HIGH, POSITION = range(6)
+    TEMPERATURE, TOP_P, MIN_P, TOP_K, SEED_LOW, SEED_HIGH, POSITION = range(7)
 
-    def __init__(self, prepare: Callable[[list[FutureRequestState]], None]) -> None:
+    def __init__(
+        self,
+        prepare: Callable[[list[FutureRequestState]], None],
+        end_ids: frozenset[int],
+        logprobs: dict[str, deque[TokenLogprob]],
+    ) -> None:
         super().__init__(LogitsProcessorList())
-        self.tensors_required = 6
+        self.tensors_required = 7
         self.do_processing = True
         self._prepare = prepare
-        self._sampled = False  # whether any request of the batch is not greedy
+        self._end_ids = end_ids
+        self._logprobs = logprobs
+        self._choosing: list[RequestState] = []  # who gets a token in this pass, a row each
+        self._sampled = False  # whether any of them is not greedy
 
     def check_kwargs(self, kwargs: dict[str, Any]) -> None:
         """Accept: the engine alone sets them."""
@@ -274,13 +291,14 @@ class _Processors(ContinuousBatchingLogitsProcessorList):
     def prepare_tensor_args(
         self, requests_in_batch: list[FutureRequestState], arg_storage: torch.Tensor
     ) -> torch.Tensor:
-        """Write the sampling parameters of the requests that get a token, [6, requests] int32."""
+        """Write the sampling parameters of the requests that get a token, [7, requests] int32."""
         self._prepare(requests_in_batch)
-        rows = [_sampling_row(future.state) for future in requests_in_batch if future.has_new_token]
+        self._choosing = [future.state for future in requests_in_batch if future.has_new_token]
+        rows = [_sampling_row(state) for state in self._choosing]
         self._sampled = any(row[0] > 0 for row in rows)
         if self._sampled:
-            floats = torch.tensor([row[:2] for row in rows], dtype=torch.float32).view(torch.int32)
-            integers = torch.tensor([row[2:] for row in rows], dtype=torch.int64).int()
+            floats = torch.tensor([row[:3] for row in rows], dtype=torch.float32).view(torch.int32)
+            integers = torch.tensor([row[3:] for row in rows], dtype=torch.int64).int()
             packed = torch.cat([floats, integers], dim=1).t()
             arg_storage[:, : len(rows)] = packed.to(arg_storage.device)
         return arg_storage
@@ -291,15 +309,58 @@ class _Processors(ContinuousBatchingLogitsProcessorList):
         scores: torch.Tensor,
         logits_processor_args: torch.Tensor,
     ) -> torch.Tensor:
-        """Return scores whose argmax is the next token; a greedy batch passes untouched."""
-        if not self._sampled:
+        """Return scores whose argmax is the next token; a plainly greedy batch passes untouched."""
+        raw, scores = scores, self._edit(scores)
+        if self._sampled:
+            scores = self._perturb(scores, logits_processor_args)
+        self._note(raw, scores)
+        return scores
+
+    def _edit(self, scores: torch.Tensor) -> torch.Tensor:
+        """Apply penalties, and keep answers from ending too early."""
+        edited = [
+            (row, state)
+            for row, state in enumerate(self._choosing)
+            if state.logit_processor_kwargs["sampling"].edits
+        ]
+        if not edited:
             return scores
+        scores = scores.clone()
+        for row, state in edited:
+            sampling: SamplingParams = state.logit_processor_kwargs["sampling"]
+            prompt, answer = _history(state)
+            scores[row] = penalise(
+                scores[row],
+                prompt=prompt,
+                answer=answer,
+                repetition=sampling.repetition_penalty,
+                presence=sampling.presence_penalty,
+                frequency=sampling.frequency_penalty,
+            )
+            if len(answer) < sampling.min_tokens:
+                scores[row, sorted(self._end_ids.union(sampling.stop_token_ids))] = -torch.inf
+        return scores
+
+    def _note(self, raw: torch.Tensor, scores: torch.Tensor) -> None:
+        """Keep the log-probabilities of those who asked for them."""
+        for row, state in enumerate(self._choosing):
+            count = state.logit_processor_kwargs["sampling"].logprobs
+            wanted = self._logprobs.get(state.request_id)
+            if count is not None and wanted is not None:
+                logprobs = raw[row].float().log_softmax(-1)
+                values, tokens = logprobs.topk(count)
+                likeliest = tuple(zip(tokens.tolist(), values.tolist(), strict=True))
+                chosen = logprobs[scores[row].argmax()].item()
+                wanted.append(TokenLogprob(chosen, likeliest))
+
+    def _perturb(self, scores: torch.Tensor, logits_processor_args: torch.Tensor) -> torch.Tensor:
         rows = logits_processor_args[:, : scores.shape[0]]
         low, high = rows[self.SEED_LOW].long(), rows[self.SEED_HIGH].long()
         return perturb(
             scores,
             temperature=rows[self.TEMPERATURE].contiguous().view(torch.float32),
             top_p=rows[self.TOP_P].contiguous().view(torch.float32),
+            min_p=rows[self.MIN_P].contiguous().view(torch.float32),
             top_k=rows[self.TOP_K].long(),
             seed=(high << 32) | (low & 0xFFFFFFFF),
             position=rows[self.POSITION].long(),
@@ -364,13 +425,21 @@ def _slot(future: FutureRequestState) -> int | None:
     return slot
 
 
-def _sampling_row(state: RequestState) -> tuple[float, float, int, int, int, int]:
+def _history(state: RequestState) -> tuple[list[int], list[int]]:
+    """Return prompt and answer so far; a request begun anew has its answer in its prompt."""
+    length: int = state.logit_processor_kwargs["prompt_length"]
+    tokens: list[int] = state.initial_tokens + state.generated_tokens
+    return tokens[:length], tokens[length:]
+
+
+def _sampling_row(state: RequestState) -> tuple[float, float, float, int, int, int, int]:
     sampling: SamplingParams = state.logit_processor_kwargs["sampling"]
     seed: int = state.logit_processor_kwargs["seed"]
     # the position in the sequence, not a count of tokens: it survives a request's re-prefill
     return (
         sampling.temperature,
         sampling.top_p,
+        sampling.min_p,
         sampling.top_k,
         seed & 0xFFFFFFFF,
         seed >> 32,

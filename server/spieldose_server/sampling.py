@@ -4,7 +4,18 @@ Noise depends on (seed, position, token) alone, so a request draws the same toke
 in its batch. Adding Gumbel noise to logits and taking the largest samples from their softmax.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Hold a token's log-probability, and the likeliest tokens' with theirs."""
+
+    logprob: float
+    likeliest: tuple[tuple[int, float], ...]
 
 
 def perturb(
@@ -13,14 +24,15 @@ def perturb(
     temperature: torch.Tensor,
     top_k: torch.Tensor,
     top_p: torch.Tensor,
+    min_p: torch.Tensor,
     seed: torch.Tensor,
     position: torch.Tensor,
 ) -> torch.Tensor:
     """Return scores whose argmax is the sampled token, [B, V] float32.
 
-    logits is [B, V] float32; temperature (0 keeps the logits: greedy) and top_p are [B] float32,
-    top_k (0 keeps all), seed and position [B] int64. Filters apply as in transformers: temperature,
-    then top-k, then top-p.
+    logits is [B, V] float32; temperature (0 keeps the logits: greedy), top_p and min_p are [B]
+    float32, top_k (0 keeps all), seed and position [B] int64. Filters apply as in transformers:
+    temperature, then top-k, then top-p, then min-p.
     """
     greedy = (temperature == 0)[:, None]
     scores = logits / torch.where(greedy, 1.0, temperature[:, None])
@@ -31,8 +43,36 @@ def perturb(
     before[:, 0] = 0.0  # mass above each token; the first always stays
     cut = (before >= top_p[:, None]) & (top_p < 1)[:, None]  # rounded mass reaches 1 too early
     ranked = ranked.masked_fill(cut, -torch.inf)
+    # p < min_p · p of the likeliest, whatever the others' mass
+    ranked = ranked.masked_fill(ranked - ranked[:, :1] < min_p.log()[:, None], -torch.inf)
     kept = torch.empty_like(scores).scatter_(1, order, ranked)
     return torch.where(greedy, logits, kept + gumbel(seed, position, logits.shape[1]))
+
+
+def penalise(
+    logits: torch.Tensor,
+    *,
+    prompt: Sequence[int],
+    answer: Sequence[int],
+    repetition: float,
+    presence: float,
+    frequency: float,
+) -> torch.Tensor:
+    """Return one request's logits, [V] float32, made less likely to repeat what was said.
+
+    `repetition` divides positive logits of all tokens so far and multiplies negative ones, as in
+    transformers; then those of the answer lose `presence`, and `frequency` for each time they
+    occur, as in OpenAI's API.
+    """
+    logits, device = logits.clone(), logits.device
+    if repetition != 1:
+        seen = torch.tensor(sorted({*prompt, *answer}), device=device)
+        before = logits[seen]
+        logits[seen] = torch.where(before < 0, before * repetition, before / repetition)
+    if answer and (presence or frequency):
+        said, times = torch.tensor(answer, device=device).unique(return_counts=True)
+        logits[said] -= presence + frequency * times
+    return logits
 
 
 def gumbel(seed: torch.Tensor, position: torch.Tensor, vocabulary: int) -> torch.Tensor:

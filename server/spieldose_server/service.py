@@ -5,7 +5,8 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import ExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -18,12 +19,14 @@ from spieldose_kernels.base import Base
 from spieldose_kernels.errors import SpieldoseError
 from spieldose_proto import inference_pb2 as pb
 from spieldose_proto import inference_pb2_grpc as rpc
-from spieldose_server.admission import Admission, Turn
+from spieldose_server.admission import Admission, Tenant, Turn
 from spieldose_server.config import TENANT, ServerConfig
 from spieldose_server.directory import AdapterDirectory
 from spieldose_server.engine import Engine
 from spieldose_server.errors import Busy, InvalidRequest, ServerError
+from spieldose_server.merged import merged
 from spieldose_server.request import (
+    MAX_ANSWERS,
     ROLES,
     GenerationRequest,
     Message,
@@ -31,7 +34,8 @@ from spieldose_server.request import (
     SamplingParams,
     fit,
 )
-from spieldose_server.store import AdapterStore
+from spieldose_server.sampling import TokenLogprob
+from spieldose_server.store import AdapterStore, Lease
 from spieldose_server.text import TextStream
 from spieldose_server.versions import State, Version
 
@@ -50,6 +54,16 @@ STATES = {
     State.DRAINING: pb.ADAPTER_STATE_DRAINING,
     State.REJECTED: pb.ADAPTER_STATE_REJECTED,
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Hold what a request asks for."""
+
+    id: str  # for people; the client's own need not be unique
+    tokens: list[int]
+    sampling: SamplingParams
+    max_tokens: int
 
 
 class InferenceService(rpc.InferenceServicer):
@@ -73,52 +87,66 @@ class InferenceService(rpc.InferenceServicer):
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncIterator[pb.GenerateResponse]:
         """Stream chunks, then one completion."""
-        request_id = request.request_id or secrets.token_hex(8)
-        started = time.perf_counter()
         async with _answering(context):
-            with (
-                self._admission.accept(_tenant(context)) as tenant,
-                self._store.lease(request.adapter_id) as lease,
-            ):
-                tokens, sampling, limit = await self._read(request)
-                async with self._admission.turn(tenant, lease, tokens=len(tokens)) as turn:
-                    generation = GenerationRequest(
-                        id=secrets.token_hex(8),  # the client's own need not be unique
-                        tokens=tokens,
-                        slot=None if turn.version is None else turn.version.slot,
-                        plays=b"" if turn.version is None else turn.version.digest.encode(),
-                        sampling=sampling,
-                        max_tokens=limit,
-                    )
-                    async with aclosing(self._play(generation, turn)) as responses:
-                        async for response in responses:
-                            response.request_id = request_id
-                            yield response
-            usage = response.complete
-            log.info(
-                "request %s adapter %s: %d + %d tokens in %.2f s",
-                request_id,
-                turn.version or "(base)",
-                usage.prompt_tokens,
-                usage.completion_tokens,
-                time.perf_counter() - started,
+            with self._admission.accept(_tenant(context)) as tenant, ExitStack() as stack:
+                count = max(1, min(request.sampling_params.n, MAX_ANSWERS))
+                leases = [
+                    stack.enter_context(self._store.lease(request.adapter_id)) for _ in range(count)
+                ]
+                asked = await self._read(request)
+                answers = [
+                    self._answer(tenant, lease, asked, index) for index, lease in enumerate(leases)
+                ]
+                async with aclosing(merged(answers)) as responses:
+                    async for response in responses:
+                        yield response
+
+    async def _answer(
+        self, tenant: Tenant, lease: Lease | None, asked: Asked, index: int
+    ) -> AsyncGenerator[pb.GenerateResponse]:
+        """Wait for a turn; yield an answer's chunks as its tokens come, then its completion."""
+        began = time.perf_counter()
+        async with self._admission.turn(tenant, lease, tokens=len(asked.tokens)) as turn:
+            generation = GenerationRequest(
+                id=secrets.token_hex(8),
+                tokens=asked.tokens,
+                slot=None if turn.version is None else turn.version.slot,
+                plays=b"" if turn.version is None else turn.version.digest.encode(),
+                sampling=asked.sampling.of_answer(index),
+                max_tokens=asked.max_tokens,
             )
+            async with aclosing(self._play(generation, turn)) as responses:
+                async for response in responses:
+                    response.request_id, response.index = asked.id, index
+                    yield response
+        log.info(
+            "request %s adapter %s: %d + %d tokens in %.2f s",
+            asked.id,
+            turn.version or "(base)",
+            response.complete.prompt_tokens,
+            response.complete.completion_tokens,
+            time.perf_counter() - began,
+        )
 
     async def _play(
         self, generation: GenerationRequest, turn: Turn
     ) -> AsyncGenerator[pb.GenerateResponse]:
-        """Yield a request's chunks as its tokens come, then its completion."""
-        text = TextStream(self._base.tokenizer, generation.sampling.stop)
+        """Yield an answer's chunks as its tokens come, then its completion."""
+        sampling = generation.sampling
+        text = TextStream(self._base.tokenizer, sampling.stop, min_tokens=sampling.min_tokens)
         count, ended = 0, False
         async with aclosing(self._engine.generate(generation)) as stream:
             async for tokens in stream:
                 turn.charge(len(tokens.ids))
-                piece, taken = text.push(tokens.ids)
+                silent = 1 if tokens.hit_end else 0  # what ends the answer is not part of its text
+                piece, taken = text.push(tokens.ids, silent=silent)
                 if tokens.finished:
                     piece += text.finish()
                 count += len(taken)
                 ended = text.stopped or tokens.hit_end
-                yield pb.GenerateResponse(chunk=pb.Chunk(text=piece, token_ids=taken))
+                logprobs = map(_logprob, tokens.logprobs[: len(taken)])
+                chunk = pb.Chunk(text=piece, token_ids=taken, logprobs=logprobs)
+                yield pb.GenerateResponse(chunk=chunk)
                 if text.stopped:
                     break
         yield pb.GenerateResponse(
@@ -150,13 +178,18 @@ class InferenceService(rpc.InferenceServicer):
             ),
         )
 
-    async def _read(self, request: pb.GenerateRequest) -> tuple[list[int], SamplingParams, int]:
-        """Return a request's prompt, sampling and limit of tokens. Raises InvalidRequest."""
+    async def _read(self, request: pb.GenerateRequest) -> Asked:
+        """Convert and check a request. Raises InvalidRequest."""
         sampling = _sampling(request.sampling_params)
         field, prompt = _prompt(request)
         tokens = await self._tokenise(field, prompt)
         limit = fit(len(tokens), sampling, max_context=self._engine.max_context, field=field)
-        return tokens, sampling, limit
+        if max(sampling.stop_token_ids, default=0) >= self._vocabulary:
+            raise InvalidRequest(
+                "sampling_params.stop_token_ids",
+                f"expected ids below {self._vocabulary}, got {max(sampling.stop_token_ids)}",
+            )
+        return Asked(request.request_id or secrets.token_hex(8), tokens, sampling, limit)
 
     @property
     def _vocabulary(self) -> int:
@@ -321,9 +354,15 @@ def _named(adapter_id: str) -> str:
 
 def _sampling(message: pb.SamplingParams) -> SamplingParams:
     given = {field.name: value for field, value in message.ListFields()}
-    if "stop" in given:
-        given["stop"] = tuple(given["stop"])
+    for name in ("stop", "stop_token_ids"):
+        if name in given:
+            given[name] = tuple(given[name])
     return SamplingParams(**given)
+
+
+def _logprob(found: TokenLogprob) -> pb.TokenLogprob:
+    likeliest = [pb.Likely(token_id=token, logprob=value) for token, value in found.likeliest]
+    return pb.TokenLogprob(logprob=found.logprob, likeliest=likeliest)
 
 
 def _prompt(request: pb.GenerateRequest | pb.TokenizeRequest) -> tuple[str, Prompt]:

@@ -10,22 +10,26 @@ from transformers import PreTrainedTokenizerBase
 class TextStream:
     """Decode one request's tokens incrementally and find its stop strings."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], *, min_tokens: int = 0
+    ) -> None:
+        """Find none of `stop` in the first `min_tokens` tokens."""
         self._tokenizer = tokenizer
         self._decoder = DecodeStream(skip_special_tokens=True)
         self._stop = stop
+        self._min_tokens = min_tokens
         self._tokens: list[int] = []
         self._decoded = 0  # characters the decoder has given
         self._held = ""  # decoded, but perhaps the beginning of a stop string
         self.stopped = False
 
-    def push(self, tokens: Sequence[int]) -> tuple[str, Sequence[int]]:
+    def push(self, tokens: Sequence[int], *, silent: int = 0) -> tuple[str, Sequence[int]]:
         """Return the text that is certain now, and the tokens up to a stop string, if there is one.
 
-        `stopped` says whether there was.
+        `stopped` says whether there was. The last `silent` tokens have no text.
         """
         text = ""
-        for taken, token in enumerate(tokens, start=1):
+        for taken, token in enumerate(tokens[: len(tokens) - silent], start=1):
             self._tokens.append(token)
             piece = self._decoder.step(self._tokenizer.backend_tokenizer, token) or ""
             self._decoded += len(piece)
@@ -47,12 +51,13 @@ class TextStream:
         return text
 
     def _release(self) -> str:
-        found = [at for at in map(self._held.find, self._stop) if at >= 0]
+        stop = self._stop if len(self._tokens) >= self._min_tokens else ()
+        found = [at for at in map(self._held.find, stop) if at >= 0]
         if found:
             self.stopped = True
             text, self._held = self._held[: min(found)], ""
             return text
-        keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
+        keep = max((_overlap(self._held, each) for each in stop), default=0)
         certain = len(self._held) - keep
         text, self._held = self._held[:certain], self._held[certain:]
         return text

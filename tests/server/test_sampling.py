@@ -2,9 +2,15 @@
 
 import pytest
 import torch
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
-from spieldose_server.sampling import gumbel, perturb
+from spieldose_server.sampling import gumbel, penalise, perturb
 
 VOCABULARY = 50
 
@@ -63,6 +69,7 @@ def scores(
     temperature: float | torch.Tensor,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
     seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     rows = logits.shape[0]
@@ -71,6 +78,60 @@ def scores(
         temperature=torch.as_tensor(temperature).expand(rows),
         top_k=torch.full((rows,), top_k),
         top_p=torch.full((rows,), top_p),
+        min_p=torch.full((rows,), min_p),
         seed=torch.arange(rows) if seed is None else seed,
         position=torch.zeros(rows, dtype=torch.int64),
+    )
+
+
+@pytest.mark.parametrize("min_p", [0.0, 0.05, 0.5, 0.99])
+@pytest.mark.parametrize("top_k", [0, 7])
+def test_min_p_keeps_what_transformers_keeps(min_p: float, top_k: int) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(4, VOCABULARY) * 2
+    expected = TemperatureLogitsWarper(0.7)(None, logits)
+    if top_k:
+        expected = TopKLogitsWarper(top_k)(None, expected)
+    expected = MinPLogitsWarper(min_p)(None, expected)
+    got = scores(logits, temperature=0.7, top_k=top_k, min_p=min_p)
+    assert torch.equal(got.isfinite(), expected.isfinite())
+
+
+@pytest.mark.parametrize("repetition", [0.5, 1.0, 1.3])
+def test_repetition_is_penalised_as_in_transformers(repetition: float) -> None:
+    torch.manual_seed(0)
+    logits, prompt, answer = torch.randn(VOCABULARY), [3, 3, 7], [9, 3]
+    expected = RepetitionPenaltyLogitsProcessor(repetition)(
+        torch.tensor([prompt + answer]), logits[None].clone()
+    )
+    got = penalised(logits, prompt=prompt, answer=answer, repetition=repetition)
+    assert torch.allclose(got, expected[0])
+
+
+def test_presence_and_frequency_count_the_answer_alone() -> None:
+    logits = torch.randn(VOCABULARY)
+    got = penalised(logits, prompt=[1, 2], answer=[2, 5, 5, 5], presence=0.5, frequency=0.25)
+    expected = logits.clone()
+    expected[2] -= 0.5 + 0.25
+    expected[5] -= 0.5 + 3 * 0.25
+    assert torch.allclose(got, expected)
+    assert torch.equal(penalised(logits, prompt=[1], answer=[], presence=2.0), logits)
+
+
+def penalised(
+    logits: torch.Tensor,
+    *,
+    prompt: list[int],
+    answer: list[int],
+    repetition: float = 1.0,
+    presence: float = 0.0,
+    frequency: float = 0.0,
+) -> torch.Tensor:
+    return penalise(
+        logits,
+        prompt=prompt,
+        answer=answer,
+        repetition=repetition,
+        presence=presence,
+        frequency=frequency,
     )
