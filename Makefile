@@ -6,7 +6,7 @@ BIN := .venv/bin
 # Where that index cannot be reached, pip goes on with the others.
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,--extra-index-url https://download.pytorch.org/whl/cpu)
 
-.PHONY: demo test bench-cpu bench-gpu lint format proto clean
+.PHONY: demo test soak bench-cpu bench-gpu lint format proto clean
 
 demo: .venv/installed
 	$(BIN)/python demo/run.py $(if $(BASE),--base $(BASE))
@@ -14,6 +14,9 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/python demo/fetch_base.py
 	$(BIN)/pytest
+
+soak: .venv/installed
+	$(BIN)/python benchmarks/soak.py $(if $(SECONDS),--seconds $(SECONDS))
 
 bench-cpu: .venv/installed
 	$(BIN)/python benchmarks/cpu.py

@@ -16,9 +16,6 @@ import torch
 if not torch.cuda.is_available():  # before anything imports triton: it is read where kernels are
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
 from spieldose_kernels.base import Base, load_base
 from spieldose_kernels.delta import Adapter, AdapterInfo, SparseDelta
 from spieldose_kernels.quiet import quiet_libraries
@@ -26,12 +23,9 @@ from spieldose_server.client import Client
 from spieldose_server.config import ServerConfig
 from spieldose_server.server import Server
 
-sys.path.append(str(Path(__file__).parents[1] / "demo"))
+from .tiny_base import save_tiny_base
 
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
+sys.path.append(str(Path(__file__).parents[1] / "demo"))
 
 quiet_libraries()
 
@@ -40,24 +34,7 @@ quiet_libraries()
 def tiny_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer Llama with a byte-level tokenizer, saved as a checkpoint."""
     directory = tmp_path_factory.mktemp("tiny-base")
-    tokenizer = _byte_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.2,  # far from ties: random logits of the usual 0.02 hardly differ
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    save_tiny_base(directory)
     return directory
 
 
@@ -169,17 +146,3 @@ def random_adapter(base: Base, *, seed: int, density: float, scale: float) -> Ad
         density=density,
     )
     return Adapter(info, modules)
-
-
-def _byte_tokenizer() -> PreTrainedTokenizerFast:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    model = models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[])
-    tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    specials = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|end|>", additional_special_tokens=specials
-    )
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
