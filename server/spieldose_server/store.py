@@ -142,6 +142,7 @@ class AdapterStore:
             return
         self._retire(name)
         version.pinned = name in self._pinned
+        version.published = True
         self._current[name] = version
         self._move()
         self.changed(version)

@@ -28,6 +28,7 @@ class Version:
     description: Description | None = None
     digest: str = ""  # sha256 of the file, hex; empty until all of it was read
     reason: str = ""  # why it is rejected
+    published: bool = False  # requests may get it
     retired: bool = False  # another version, or none, has taken its place
 
     reading: bool = False  # its file is being read
@@ -51,7 +52,7 @@ class Version:
             return State.DRAINING
         if self.slot is not None:
             return State.RESIDENT
-        if self.reading and not self.digest:
+        if not self.published or (self.reading and not self.digest):
             return State.VALIDATING
         if self.awaited:
             return State.LOADING

@@ -456,6 +456,9 @@ def test_watching_tells_what_there_is_and_what_becomes_of_it(on_shelf: Any, tmp_
         await asyncio.sleep(0.05)
         assert ("a", "resident") in seen
         assert seen[-1] == ("a", "gone")
+        shelf.write("b")
+        await shelf.settle()
+        assert [state for name, state in seen if name == "b"][:1] == ["validating"]
         shelf.store.close()
         await task
 
