@@ -43,8 +43,7 @@ RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
 WORK = Path("build/quality")
 CPU = torch.device("cpu")
 SEEDS = (0, 1, 2)
-RANK = 11  # LoRA's and SHiRA's: both then have 11·(R + C) parameters a layer,
-DENSITY = 3_358_080 / 106_168_320  # which is this share of SmolLM2-135M's linear weights
+PER_RANK = 305_280 / 106_168_320  # of SmolLM2-135M's linear weights: Σ (R + C) over Σ R·C
 
 # SpIEL's phases are laid out for thousands of updates: here one opens every 5, and more is changed
 SPIEL = {"reselect_every": 5, "selection_steps": 1, "initial_rate": 0.6}
@@ -82,6 +81,7 @@ class Task:
     held_out: int  # examples
     characters: int  # of the longest example
     max_length: int = 384
+    rank: int = 11  # LoRA's and SHiRA's; the others have as many parameters
 
 
 TASKS = (
@@ -199,7 +199,7 @@ def train(run: Run, task: Task, base: str, data: tuple[Path, Path], folder: Path
     if "peft" in settings:
         return train_peft(settings["peft"], run, task, base, data, folder)
     config = TrainConfig(
-        **({"density": DENSITY} | settings),
+        **({"density": task.rank * PER_RANK} | settings),
         base=base,
         data=data[0],
         out=folder / "delta.safetensors",
@@ -249,9 +249,9 @@ def train_peft(
     loaded = load_base(base, device=CPU, compute_dtype=dtype, fused=False, quantised=kind == "lora")
     torch.manual_seed(run.seed)
     configs = {
-        "lora": LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM"),
+        "lora": LoraConfig(r=task.rank, target_modules="all-linear", task_type="CAUSAL_LM"),
         "shira": ShiraConfig(
-            r=RANK,
+            r=task.rank,
             random_seed=run.seed,
             target_modules=list({name.rpartition(".")[2] for name in loaded.layers}),
             task_type="CAUSAL_LM",
@@ -344,7 +344,9 @@ def steps_of(side: str, base: str, source: Path) -> dict[str, float]:
     """Make some steps of one side; return their median time and the process's peak memory."""
     import resource
 
-    task = Task("speed", updates=26, batch_size=8, held_out=8, characters=10_000, max_length=128)
+    task = Task(
+        "speed", updates=26, batch_size=8, held_out=8, characters=999, max_length=128, rank=3
+    )
     data, run = write_data(task, source), Run(task.name, side, METHODS[side][1][0], 0)
     result = train(run, task, base, data, WORK / "speed")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
