@@ -157,18 +157,20 @@ class Residency:
 
     async def _place(self, version: Version, packed: PackedAdapter) -> None:
         """Copy a version to the device, once there is room."""
-        while version.slot is None:
-            if version.retired or not (version.leases or version.pinned):
-                raise Superseded
-            self._freed.clear()
-            try:
-                await self._put(version, packed)
-            except ArenaFull:
-                if not self._evict():
-                    self._ask_to_leave()
-                    await self._freed.wait()
-        for resident in self._resident:
-            resident.leaving = False  # there was room after all
+        try:
+            while version.slot is None:
+                if version.retired or not (version.leases or version.pinned):
+                    raise Superseded
+                self._freed.clear()
+                try:
+                    await self._put(version, packed)
+                except ArenaFull:
+                    if not self._evict():
+                        self._ask_to_leave()
+                        await self._freed.wait()
+        finally:
+            for resident in self._resident:
+                resident.leaving = False  # nobody needs its room any more
 
     async def _put(self, version: Version, packed: PackedAdapter) -> None:
         loop = asyncio.get_running_loop()
@@ -190,10 +192,10 @@ class Residency:
         return False
 
     def _ask_to_leave(self) -> None:
-        """Have the version leave that came first, once it has played."""
+        """Have the version leave that came first of those that have played; one at a time."""
+        if any(version.leaving for version in self._arrived):
+            return
         for version in self._arrived:
-            if version.leaving:
-                return
             if version.played and not version.pinned and not version.retired:
                 version.leaving = True
                 self._dismiss(version)

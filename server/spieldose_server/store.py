@@ -234,7 +234,7 @@ class Lease:
     def __init__(self, store: AdapterStore, adapter_id: str) -> None:
         self._store = store
         self._id = adapter_id
-        self._take()
+        self._hold(store.resolve(adapter_id))
 
     async def ready(self) -> Version:
         """Wait until the adapter is on the device, and return the version that is held.
@@ -243,16 +243,15 @@ class Lease:
         RejectedAdapter or UnreadableAdapter.
         """
         while True:
-            try:
+            with suppress(Superseded):
                 await self._loading
-            except Superseded:
-                self.end()
-                self._take()
-            else:
-                if self.version.playable:
+                if self.version.playable:  # otherwise it had to leave meanwhile
                     break
-                self.end()  # it had to leave meanwhile
-                self._take()
+            newest = self._store.resolve(
+                self._id
+            )  # if there is none, this one is still to be let go
+            self.end()
+            self._hold(newest)
         if not _matches(self.version, self._id.partition("@")[2]):
             raise _unknown(self._id)
         return self.version
@@ -266,10 +265,10 @@ class Lease:
         self._store.residency.release(self.version)
         self._store.changed(self.version)
 
-    def _take(self) -> None:
-        self.version = self._store.resolve(self._id)
-        self.version.leases += 1
-        self._loading = asyncio.create_task(self._store.load(self.version))
+    def _hold(self, version: Version) -> None:
+        self.version = version
+        version.leases += 1
+        self._loading = asyncio.create_task(self._store.load(version))
 
 
 class Watcher:

@@ -1,14 +1,24 @@
-"""A whole server with four adapters, on a real socket, in this process."""
+"""A whole server with four adapters, on a real socket, in this process; and a shelf without one."""
 
+import asyncio
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from spieldose_kernels.delta_file import write_delta
+from spieldose_kernels.slab import Slab
+from spieldose_server.directory import AdapterDirectory
+from spieldose_server.files import AdapterFiles
+from spieldose_server.residency import Residency
+from spieldose_server.store import AdapterStore
+from spieldose_server.threads import loader
 
 from ..conftest import Running
+from .shelf import ONE, SHAPE, SPEC, Shelf, Test
 
 
 @pytest.fixture
@@ -21,3 +31,41 @@ def running(
     for seed in range(1, 5):
         write_delta(directory / f"a{seed}.safetensors", make_adapter(seed))
     yield from serve_tiny(directory, max_batch_tokens=64)
+
+
+@pytest.fixture
+def on_shelf(tmp_path: Path) -> Callable[..., Callable[[Test], None]]:
+    """Run a test on a shelf with these adapters and this much room, in adapters."""
+
+    def settings(
+        *names: str, slots: int = 2, room: float = 16.0, host: float = 10.0
+    ) -> Callable[[Test], None]:
+        def run(test: Test) -> None:
+            slab = Slab(
+                {"layer": SHAPE},
+                slots=slots,
+                budget=int(room * ONE),
+                dtype=torch.float32,
+                device=torch.device("cpu"),
+            )
+            worker = loader()
+            files = AdapterFiles(tmp_path, SPEC, dtype=torch.float32)
+            residency = Residency(slab, files, worker, host_memory=int(host * ONE))
+            store = AdapterStore(residency)
+            directory = AdapterDirectory(files, store, worker)
+            shelf = Shelf(tmp_path, slab, residency, store, directory)
+            for seed, name in enumerate(names):
+                shelf.write(name, seed=seed)
+            for file in tmp_path.iterdir():
+                os.utime(file, (1e9, 1e9))  # long settled
+
+            async def whole() -> None:
+                await directory.take_up()
+                await test(shelf)
+
+            asyncio.run(asyncio.wait_for(whole(), 60))
+            worker.shutdown()
+
+        return run
+
+    return settings

@@ -11,7 +11,7 @@ from spieldose_server.admission import Admission, Limits, Tenant
 from spieldose_server.errors import Busy
 from spieldose_server.store import AdapterStore, Lease
 
-from .test_store import Shelf, on_shelf  # noqa: F401  (a fixture)
+from .shelf import Shelf
 
 DEFAULTS: dict[str, Any] = {
     "running": 1,
@@ -203,7 +203,7 @@ def test_one_that_stops_waiting_leaves_nothing_behind() -> None:
     asyncio.run(run())
 
 
-def test_adapters_of_a_tenant_and_the_base_take_turns(on_shelf: Callable[..., Any]) -> None:  # noqa: F811
+def test_adapters_of_a_tenant_and_the_base_take_turns(on_shelf: Callable[..., Any]) -> None:
     @on_shelf("a", "b", slots=2)
     async def _(shelf: Shelf) -> None:
         hall = Hall(shelf.residency)
@@ -216,7 +216,7 @@ def test_adapters_of_a_tenant_and_the_base_take_turns(on_shelf: Callable[..., An
         assert hall.at_rest()
 
 
-def test_what_loads_blocks_nobody(on_shelf: Callable[..., Any]) -> None:  # noqa: F811
+def test_what_loads_blocks_nobody(on_shelf: Callable[..., Any]) -> None:
     @on_shelf("a", "b", "c", slots=1)
     async def _(shelf: Shelf) -> None:
         hall = Hall(shelf.residency)
@@ -233,7 +233,7 @@ def test_what_loads_blocks_nobody(on_shelf: Callable[..., Any]) -> None:  # noqa
 
 @pytest.mark.parametrize("slots", [1, 2])
 def test_steady_streams_do_not_keep_a_waiting_adapter_out(
-    on_shelf: Callable[..., Any],  # noqa: F811
+    on_shelf: Callable[..., Any],
     slots: int,
 ) -> None:
     @on_shelf("a", "b", "c", "d", slots=slots)
@@ -257,7 +257,7 @@ def test_steady_streams_do_not_keep_a_waiting_adapter_out(
         assert all(version.leases == version.playing == 0 for version in shelf.store.list())
 
 
-def test_who_waited_on_a_replaced_version_plays_the_newest(on_shelf: Callable[..., Any]) -> None:  # noqa: F811
+def test_who_waited_on_a_replaced_version_plays_the_newest(on_shelf: Callable[..., Any]) -> None:
     @on_shelf("a")
     async def _(shelf: Shelf) -> None:
         hall, order = Hall(shelf.residency), []
@@ -280,7 +280,7 @@ def test_who_waited_on_a_replaced_version_plays_the_newest(on_shelf: Callable[..
 
 
 def test_an_adapter_that_is_new_among_busy_ones_gets_every_other_turn(
-    on_shelf: Callable[..., Any],  # noqa: F811
+    on_shelf: Callable[..., Any],
 ) -> None:
     @on_shelf("a")
     async def _(shelf: Shelf) -> None:
@@ -293,7 +293,7 @@ def test_an_adapter_that_is_new_among_busy_ones_gets_every_other_turn(
         assert 4 <= Counter(hall.order[20:30])[""] <= 6
 
 
-def test_no_adapter_has_to_leave_before_it_has_played(on_shelf: Callable[..., Any]) -> None:  # noqa: F811
+def test_no_adapter_has_to_leave_before_it_has_played(on_shelf: Callable[..., Any]) -> None:
     @on_shelf("a", "b", slots=1)
     async def _(shelf: Shelf) -> None:
         hall = Hall(shelf.residency)
@@ -308,7 +308,7 @@ def test_no_adapter_has_to_leave_before_it_has_played(on_shelf: Callable[..., An
 
 
 def test_an_adapter_asked_to_leave_may_stay_if_there_is_room_after_all(
-    on_shelf: Callable[..., Any],  # noqa: F811
+    on_shelf: Callable[..., Any],
 ) -> None:
     @on_shelf("a", "b", "c", slots=2)
     async def _(shelf: Shelf) -> None:

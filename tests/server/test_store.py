@@ -4,110 +4,17 @@ import asyncio
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from spieldose_kernels.base_spec import BaseSpec
-from spieldose_kernels.delta import Adapter, AdapterInfo, SparseDelta
-from spieldose_kernels.delta_file import write_delta
-from spieldose_kernels.slab import Slab
-from spieldose_server.directory import AdapterDirectory
 from spieldose_server.errors import RejectedAdapter, UnknownAdapter, UnreadableAdapter
 from spieldose_server.files import AdapterFiles, FileChanged
-from spieldose_server.residency import Residency
-from spieldose_server.store import AdapterStore, Lease
-from spieldose_server.threads import loader
-from spieldose_server.versions import Version
+from spieldose_server.store import Lease
 
-SHAPE = (32, 64)
-SPEC = BaseSpec("toy", "f" * 64, {"layer": SHAPE})
-ENTRIES = 512
-ONE = 4096  # a little more than the bytes that an adapter of so many takes
-
-Test = Callable[["Shelf"], Coroutine[Any, Any, None]]
-
-
-@dataclass
-class Shelf:
-    """A directory of adapters for a base of one layer, and what serves them."""
-
-    path: Path
-    slab: Slab
-    residency: Residency
-    store: AdapterStore
-    directory: AdapterDirectory
-
-    def write(self, name: str, *, seed: int = 0, entries: int = ENTRIES) -> None:
-        """Write an adapter's file; another seed gives another content of the same size."""
-        generator = torch.Generator().manual_seed(seed)
-        positions = torch.randperm(SHAPE[0] * SHAPE[1], generator=generator)[:entries]
-        values = torch.randn(entries, generator=generator)
-        delta = SparseDelta.from_flat(positions, values, shape=SHAPE)
-        info = AdapterInfo(
-            base_model=SPEC.name,
-            base_fingerprint=SPEC.fingerprint,
-            method="random",
-            density=entries / (SHAPE[0] * SHAPE[1]),
-        )
-        write_delta(self.path / f"{name}.safetensors", Adapter(info, {"layer": delta}))
-
-    async def settle(self) -> None:
-        """Let the directory take up what has changed."""
-        while await self.directory.reconcile():
-            await asyncio.sleep(0.05)
-
-    def state(self, name: str) -> str:
-        """Return the states of a name's versions."""
-        return ", ".join(v.state.value for v in self.store.list() if v.name == name)
-
-    async def use(self, adapter_id: str) -> Version:
-        """Bring an adapter to the device, as a request does, and let it go."""
-        with self.store.lease(adapter_id) as lease:
-            assert lease is not None
-            return await lease.ready()
-
-
-@pytest.fixture
-def on_shelf(tmp_path: Path) -> Callable[..., Callable[[Test], None]]:
-    """Run a test on a shelf with these adapters and this much room, in adapters."""
-
-    def settings(
-        *names: str, slots: int = 2, room: float = 16.0, host: float = 10.0
-    ) -> Callable[[Test], None]:
-        def run(test: Test) -> None:
-            slab = Slab(
-                {"layer": SHAPE},
-                slots=slots,
-                budget=int(room * ONE),
-                dtype=torch.float32,
-                device=torch.device("cpu"),
-            )
-            worker = loader()
-            files = AdapterFiles(tmp_path, SPEC, dtype=torch.float32)
-            residency = Residency(slab, files, worker, host_memory=int(host * ONE))
-            store = AdapterStore(residency)
-            directory = AdapterDirectory(files, store, worker)
-            shelf = Shelf(tmp_path, slab, residency, store, directory)
-            for seed, name in enumerate(names):
-                shelf.write(name, seed=seed)
-            for file in tmp_path.iterdir():
-                os.utime(file, (1e9, 1e9))  # long settled
-
-            async def whole() -> None:
-                await directory.take_up()
-                await test(shelf)
-
-            asyncio.run(asyncio.wait_for(whole(), 60))
-            worker.shutdown()
-
-        return run
-
-    return settings
+from .shelf import ENTRIES, ONE, SPEC, Shelf
 
 
 def test_at_start_headers_are_read_and_nothing_is_held(on_shelf: Any) -> None:
@@ -329,6 +236,7 @@ def test_a_removed_file_fails_only_those_who_still_wait(on_shelf: Any, tmp_path:
         with shelf.store.lease("b") as b:
             await ready(b)
             b.version.playing += 1
+            awaited = shelf.store.get("a")
             waits = asyncio.create_task(shelf.use("a"))
             await asyncio.sleep(0.1)
             for name in "ab":
@@ -336,6 +244,7 @@ def test_a_removed_file_fails_only_those_who_still_wait(on_shelf: Any, tmp_path:
             await shelf.settle()
             with pytest.raises(UnknownAdapter):
                 await waits
+            assert awaited.leases == 0
             assert shelf.state("b") == "draining" and b.version.slot is not None
             b.version.playing -= 1
         assert shelf.store.list() == []
