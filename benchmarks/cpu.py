@@ -148,7 +148,7 @@ class Spieldose:
         loaded = apart(lambda: load_base(base, device=CPU, compute_dtype=DTYPE, fused=True))
         config = ServerConfig(base=base, adapters=Path(base), adapter_memory=1 << 28)
         self.engine = apart(lambda: Engine(loaded, config))
-        self.engine._end_ids = frozenset()  # every request runs to its last token
+        self.engine.end_ids = frozenset()  # every request runs to its last token
         self.engine.start()
         self.slots = apart(lambda: [self._put(loaded.spec.shapes, i) for i in range(ADAPTERS)])
         self.count = 0
@@ -184,6 +184,7 @@ class Spieldose:
             plays=b"",
             slot=slot,
             sampling=SamplingParams(),
+            seed=0,
             max_tokens=tokens,
         )
         async for _ in self.engine.generate(request):

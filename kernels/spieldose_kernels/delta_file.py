@@ -2,7 +2,8 @@
 
 Per module three tensors, `<module>.row_starts` [R + 1] int32, `<module>.columns` [Z] uint16 (int32
 above 65,536 columns) and `<module>.values` [Z] bfloat16 or float32. The metadata names the format
-and its version, the base, the method and, under `modules`, what each module declares: [R, C, Z].
+and its version, the base, the method and, under `modules`, what each module declares: [R, C, Z];
+an adapter with a chat template of its own has it under `chat_template`.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 
 from spieldose_kernels.base_spec import BaseSpec
+from spieldose_kernels.chat_template import check_chat_template
 from spieldose_kernels.delta import Adapter, AdapterInfo, SparseDelta, index_dtype
 from spieldose_kernels.errors import (
     BaseMismatch,
@@ -146,7 +148,8 @@ def _kind(start: bytes) -> str:
 def _metadata(adapter: Adapter) -> dict[str, str]:
     info = adapter.info
     declared = {name: [*delta.shape, delta.nnz] for name, delta in adapter.modules.items()}
-    return {
+    template = {"chat_template": info.chat_template} if info.chat_template else {}
+    return template | {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "base_model": info.base_model,
@@ -176,7 +179,9 @@ def _read_metadata(
             density=float(metadata["density"]),
             description=metadata["description"],
             settings={str(k): str(v) for k, v in json.loads(metadata["settings"]).items()},
+            chat_template=metadata.get("chat_template", ""),
         )
+        check_chat_template(info.chat_template)
         declared = {
             name: (int(height), int(width), int(nnz))
             for name, (height, width, nnz) in json.loads(metadata["modules"]).items()

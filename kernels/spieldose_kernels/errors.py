@@ -11,9 +11,18 @@ SpieldoseError
 └── ArenaFull              the adapter does not fit into the memory set aside for deltas
 """
 
+MAX_BYTES = 1000  # gRPC drops a call whose metadata takes 8 KiB; what goes there is escaped, twice
+
 
 class SpieldoseError(Exception):
-    """Root of every error this project raises on purpose; its text is one line."""
+    """Root of every error this project raises on purpose; its text is one short line."""
+
+    def __init__(self, problem: object) -> None:
+        """Keep as much of what a file or a client may have put into the text as a line can hold."""
+        line = " ".join(str(problem).split())
+        if len(line.encode(errors="replace")) > MAX_BYTES:
+            line = line.encode(errors="replace")[: MAX_BYTES - 3].decode(errors="ignore") + "…"
+        super().__init__(line)
 
 
 class BaseError(SpieldoseError):

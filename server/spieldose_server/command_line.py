@@ -69,6 +69,8 @@ class GenerateArguments:
     top_k: int | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    json_schema: str | None = None  # the schema itself, that the answer fulfils
+    regex: str | None = None  # that the answer matches as a whole
     timeout: float | None = None  # seconds
 
 
@@ -78,7 +80,7 @@ def generate(arguments: Sequence[str]) -> None:
     from spieldose_proto import inference_pb2 as pb
     from spieldose_server.client import Client
 
-    names = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop")
+    names = "max_tokens temperature top_p top_k seed stop json_schema regex".split()
     given = {name: getattr(asked, name) for name in names if getattr(asked, name) is not None}
     prompt = [pb.ChatMessage(role="user", content=asked.prompt)] if asked.chat else asked.prompt
     with Client(asked.server) as client:

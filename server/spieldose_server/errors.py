@@ -35,7 +35,7 @@ class InvalidRequest(ServerError):
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(f"{field}: {problem}")
         self.field = field
-        self.problem = problem
+        self.problem = str(self).removeprefix(f"{field}: ")
 
 
 class UnknownAdapter(ServerError):

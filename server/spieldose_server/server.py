@@ -15,6 +15,7 @@ from grpc_reflection.v1alpha import reflection
 from spieldose_kernels.base import Base, load_base, pick_compute_dtype, pick_device
 from spieldose_proto import inference_pb2 as pb
 from spieldose_proto import inference_pb2_grpc as rpc
+from spieldose_server.adapters_service import AdaptersService
 from spieldose_server.admission import Admission, Limits
 from spieldose_server.config import MESSAGE_BYTES, ServerConfig
 from spieldose_server.directory import AdapterDirectory
@@ -22,7 +23,7 @@ from spieldose_server.engine import Engine
 from spieldose_server.errors import ConfigError, EngineStopped
 from spieldose_server.files import AdapterFiles
 from spieldose_server.residency import Residency
-from spieldose_server.service import AdaptersService, InferenceService
+from spieldose_server.service import InferenceService
 from spieldose_server.store import AdapterStore
 from spieldose_server.threads import apart, loader
 

@@ -6,6 +6,7 @@ import pickle
 import re
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -115,6 +116,21 @@ def test_a_good_file_is_read_whatever_byte_its_header_size_begins_with(
     )
     payload = written(tmp_path, Adapter(info, {"m": DELTA})).read_bytes()
     assert read_delta(payload).info.description == "x" * length
+
+
+def test_a_chat_template_comes_back_and_is_no_part_of_other_files(tmp_path: Path) -> None:
+    template = "{% for m in messages %}„{{ m['content'] }}“\n{% endfor %}"
+    own = Adapter(replace(INFO, chat_template=template), {"m": DELTA})
+    assert read_delta(written(tmp_path, own).read_bytes()).info.chat_template == template
+    with safetensors.safe_open(written(tmp_path, Adapter(INFO, {"m": DELTA})), "pt") as file:
+        assert "chat_template" not in file.metadata()
+
+
+def test_a_chat_template_that_does_not_compile_is_refused(tmp_path: Path) -> None:
+    broken = Adapter(replace(INFO, chat_template="{% for %}"), {"m": DELTA})
+    payload = written(tmp_path, broken).read_bytes()
+    with pytest.raises(MalformedDelta, match="expected a chat template that compiles, got: "):
+        read_delta(payload)
 
 
 @settings(deadline=None)

@@ -51,6 +51,7 @@ MAX_CONTEXT = 512
                 ("max_tokens", MAX_CONTEXT),
                 ("stop", [""]),
                 ("stop", [str(i) for i in range(17)]),
+                ("stop", ["é\n" * 100_000, ""]),
             ]
         ),
     ],
@@ -64,6 +65,8 @@ def test_a_wrong_field_is_named(running: Running, field: str, request_: pb.Gener
     detail = error_details_pb2.BadRequest()
     assert status.details[0].Unpack(detail)
     assert detail.field_violations[0].field == field
+    assert len(caught.value.details().splitlines()) == 1
+    assert len(caught.value.details()) <= 1000
 
 
 def test_an_unknown_adapter_is_not_found(running: Running) -> None:

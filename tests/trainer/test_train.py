@@ -1,5 +1,6 @@
 """Whole runs on the tiny model: they learn, write a file, stop, and go on where they stopped."""
 
+import json
 import os
 import shutil
 import signal
@@ -78,6 +79,40 @@ def test_a_runs_file_holds_the_trained_values(configure: Configure) -> None:
     for name, layer in result.model.layers.items():
         assert torch.equal(written[name].values, layer.values.detach())
         assert bool(written[name].values.any())
+
+
+def test_a_chat_template_of_its_own_is_trained_with_and_kept(
+    configure: Configure, tmp_path: Path
+) -> None:
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    (tmp_path / "chat.jinja").write_text(template)
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": messages}))
+    trained = Trainer(
+        configure(data=tmp_path / "chat.jsonl", chat_template=tmp_path / "chat.jinja", max_steps=1)
+    )
+    (example,) = trained.examples
+    decode: Any = trained.base.tokenizer.decode
+    assert decode(example.prompt + example.completion) == "user: Hi\nassistant: Hello\n<|end|>"
+    trained.train()
+    assert read_delta(trained.save().read_bytes()).info.chat_template == template
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"{% if %}", "chat.jinja: expected a chat template that compiles"),
+        (b"\xff", "chat_template: expected a readable UTF-8 file"),
+        (None, "chat_template: expected a readable UTF-8 file"),
+    ],
+)
+def test_a_chat_template_that_is_none_is_refused(
+    configure: Configure, tmp_path: Path, content: bytes | None, expected: str
+) -> None:
+    if content is not None:
+        (tmp_path / "chat.jinja").write_bytes(content)
+    with pytest.raises(ConfigError, match=expected):
+        Trainer(configure(chat_template=tmp_path / "chat.jinja"))
 
 
 def test_a_finished_run_leaves_no_checkpoints(configure: Configure) -> None:

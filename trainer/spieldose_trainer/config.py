@@ -55,6 +55,9 @@ class TrainConfig:
     accumulation: int = 1  # forward passes per update
     max_length: int = 1024  # tokens of an example
     too_long: Literal["refuse", "truncate"] = "refuse"  # what happens to a longer example
+    chat_template: Path | None = (
+        None  # Jinja file for `messages`, kept in the delta; none: the base's
+    )
     packing: bool = False  # several examples in a row of max_length, none of which sees another
     learning_rate: float | None = None  # peak
     warmup: float = 0.03  # share of the updates over which the learning rate rises

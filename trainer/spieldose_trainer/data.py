@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from spieldose_trainer.errors import DataError
 from spieldose_trainer.records import Messages, messages_of, pair_of
 
+UNREADABLE = (ValueError, TypeError, ArithmeticError, LookupError, RecursionError)
 IGNORED = -100  # label of a token whose prediction does not count; the loss functions' convention
 
 
@@ -70,7 +71,7 @@ def read_examples(
         except json.JSONDecodeError as error:
             reason = f"expected JSON, got {error.msg} at column {error.colno}"
             raise DataError(f"{path}:{number}: {reason}") from error
-        except (ValueError, TypeError, RecursionError, TemplateError) as error:
+        except (*UNREADABLE, TemplateError) as error:
             reason = str(error).partition("\n")[0]
             raise DataError(f"{path}:{number}: {reason}") from error
         length = len(example.tokens)

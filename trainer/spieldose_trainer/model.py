@@ -78,6 +78,7 @@ class SparseModel(nn.Module):
         method: str,
         description: str = "",
         settings: Mapping[str, str] | None = None,
+        chat_template: str = "",
         dtype: torch.dtype = torch.float32,
     ) -> Adapter:
         """Return the present deltas as an adapter, on the CPU, with values of `dtype`."""
@@ -93,5 +94,6 @@ class SparseModel(nn.Module):
             density=self.density,
             description=description,
             settings=settings or {},
+            chat_template=chat_template,
         )
         return Adapter(info, modules)

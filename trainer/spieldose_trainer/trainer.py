@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from spieldose_kernels.base import Base, load_base, pick_compute_dtype, pick_device
+from spieldose_kernels.chat_template import check_chat_template
 from spieldose_kernels.checkpoint import find_checkpoint, target_shapes
 from spieldose_kernels.delta import Adapter
 from spieldose_kernels.delta_file import read_delta, write_delta
@@ -63,6 +64,8 @@ class Trainer:
         directory = find_checkpoint(config.base)
         shapes = select_modules(target_shapes(directory), config.modules)
         tokenizer = AutoTokenizer.from_pretrained(directory)
+        self._template = _read_template(config.chat_template)
+        tokenizer.chat_template = self._template or tokenizer.chat_template
         self.examples = _read(config, config.data, tokenizer)
         self.held_out = _read(config, config.eval_data, tokenizer)
         texts = _read(config, config.fisher_data, tokenizer) or self.examples
@@ -112,6 +115,7 @@ class Trainer:
             method=config.method,
             description=config.description,
             settings=config.settings(),
+            chat_template=self._template,
             dtype=getattr(torch, config.value_dtype),
         )
 
@@ -216,6 +220,20 @@ def _read(config: TrainConfig, path: Path | None, tokenizer: PreTrainedTokenizer
     return read_examples(path, tokenizer, max_length=config.max_length, too_long=config.too_long)
 
 
+def _read_template(path: Path | None) -> str:
+    if path is None:
+        return ""
+    try:
+        template = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"chat_template: expected a readable UTF-8 file, got {error}") from error
+    try:
+        check_chat_template(template)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return template
+
+
 def _checkpoint_to_resume(config: TrainConfig) -> Path | None:
     found = newest_checkpoint(config.checkpoints)
     if config.resume and found is None:
@@ -262,5 +280,5 @@ def _described(examples: Examples) -> str:
     return f"{len(examples)} examples ({digest.hexdigest()[:12]})"
 
 
-# settings that do not change what a run computes
-_MAY_CHANGE = {"resume", "checkpoint_every", "description", "out", "base"}
+# settings that do not change what a run computes; what a chat template does shows in the data
+_MAY_CHANGE = {"resume", "checkpoint_every", "description", "out", "base", "chat_template"}

@@ -141,6 +141,8 @@ def _facts(adapter: Adapter) -> Table:
     table.add_row("values", f"{', '.join(sorted(dtypes))} in {len(adapter.modules)} modules")
     if info.description:
         table.add_row("description", info.description)
+    if info.chat_template:
+        table.add_row("chat template", info.chat_template)
     if info.settings:
         table.add_row("settings", " ".join(f"{k}={v}" for k, v in sorted(info.settings.items())))
     return table

@@ -1,0 +1,68 @@
+"""Prompts to token ids: text as it is, token ids checked, messages through a chat template."""
+
+import asyncio
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from spieldose_server.errors import InvalidRequest
+from spieldose_server.request import ROLES, Message, Prompt
+
+
+class Prompts:
+    """Convert and check prompts for one model."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, vocabulary: int, max_bytes: int
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._vocabulary = vocabulary
+        self._max_bytes = max_bytes
+
+    async def tokens(self, field: str, prompt: Prompt, *, template: str = "") -> list[int]:
+        """Return a prompt's tokens; `template` is Jinja, empty for the model's own.
+
+        Raises InvalidRequest, naming `field`.
+        """
+        if isinstance(prompt, str):
+            self._check_size(field, prompt)
+            encoded = await asyncio.to_thread(self._tokenizer, prompt)
+            return list(encoded["input_ids"])
+        if not prompt:
+            raise InvalidRequest(field, "expected at least one entry, got none")
+        if isinstance(prompt[0], Message):
+            turns = [message for message in prompt if isinstance(message, Message)]
+            return await self._render(field, turns, template)
+        tokens = [token for token in prompt if isinstance(token, int)]
+        if max(tokens) >= self._vocabulary:
+            raise InvalidRequest(field, f"expected ids below {self._vocabulary}, got {max(tokens)}")
+        return tokens
+
+    async def _render(self, field: str, messages: Sequence[Message], template: str) -> list[int]:
+        for message in messages:
+            if message.role not in ROLES:
+                raise InvalidRequest(
+                    field, f"expected a role of {', '.join(ROLES)}, got {message.role!r}"
+                )
+        self._check_size(field, "".join(message.content for message in messages))
+        if not template and self._tokenizer.chat_template is None:
+            raise InvalidRequest(
+                field, "expected text or token_ids: neither model nor adapter has a chat template"
+            )
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        try:
+            return list(
+                await asyncio.to_thread(
+                    self._tokenizer.apply_chat_template,
+                    turns,
+                    chat_template=template or None,
+                    add_generation_prompt=True,
+                    return_dict=False,
+                )
+            )
+        except Exception as error:  # a template is a program of its own: it may raise anything
+            raise InvalidRequest(field, f"the chat template refuses it: {error}") from error
+
+    def _check_size(self, field: str, text: str) -> None:
+        if (size := len(text.encode())) > self._max_bytes:
+            raise InvalidRequest(field, f"expected at most {self._max_bytes} bytes, got {size}")
