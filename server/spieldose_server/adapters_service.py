@@ -10,6 +10,8 @@ from spieldose_server.errors import InvalidRequest
 from spieldose_server.statuses import Context, answering
 from spieldose_server.store import AdapterStore
 
+PAGE_SIZE = 1000  # names take at most 255 bytes, reasons 1000: below gRPC's 4 MiB by far
+
 
 class AdaptersService(rpc.AdaptersServicer):
     """Show, load and unload adapters."""
@@ -21,8 +23,15 @@ class AdaptersService(rpc.AdaptersServicer):
     async def List(
         self, request: pb.ListAdaptersRequest, context: Context
     ) -> pb.ListAdaptersResponse:
-        """Return every version the server knows."""
-        return pb.ListAdaptersResponse(adapters=map(wire.adapter, self._store.list()))
+        """Return a page of the versions the server knows."""
+        size = min(request.page_size or PAGE_SIZE, PAGE_SIZE)
+        rest = [version for version in self._store.list() if version.name > request.page_token]
+        last = rest[size - 1].name if len(rest) > size else ""
+        page = [version for version in rest if version.name <= last] if last else rest
+        return pb.ListAdaptersResponse(
+            adapters=map(wire.adapter, page),
+            next_page_token=last if len(page) < len(rest) else "",
+        )
 
     async def Get(self, request: pb.GetAdapterRequest, context: Context) -> pb.Adapter:
         """Return one adapter."""

@@ -118,11 +118,14 @@ class Client:
 
     def adapters(self) -> list[pb.Adapter]:
         """Return every adapter version the server knows. Raises ClientError."""
-        return list(
-            _raising(
-                self._adapters.List, pb.ListAdaptersRequest(), pb.ListAdaptersResponse
-            ).adapters
-        )
+        found: list[pb.Adapter] = []
+        request = pb.ListAdaptersRequest()
+        while True:
+            page = _raising(self._adapters.List, request, pb.ListAdaptersResponse)
+            found.extend(page.adapters)
+            if not page.next_page_token:
+                return found
+            request.page_token = page.next_page_token
 
     def adapter(self, name: str) -> pb.Adapter:
         """Return one adapter. Raises ClientError."""

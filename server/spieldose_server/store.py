@@ -48,9 +48,9 @@ class AdapterStore:
 
     def get(self, adapter_id: str) -> Version:
         """Return the version to show for a name, or NAME@DIGEST. Raises UnknownAdapter."""
-        name, _, digest = adapter_id.partition("@")
+        name, _, _ = adapter_id.partition("@")
         for versions in (self._current, self._newer):
-            if name in versions and _matches(versions[name], digest):
+            if name in versions and _matches(versions[name], adapter_id):
                 return versions[name]
         raise _unknown(adapter_id)
 
@@ -82,14 +82,14 @@ class AdapterStore:
         A digest of DIGEST_SHOWN hex digits or more will do. Of a version that was never read in
         full the digest is not known yet. Raises UnknownAdapter or RejectedAdapter.
         """
-        name, at, digest = adapter_id.partition("@")
+        name, _, _ = adapter_id.partition("@")
         version = self._current.get(name)
         if version is None:
             newer = self._newer.get(name)
             if newer is not None and newer.state is State.REJECTED:
                 raise RejectedAdapter(f"adapter {name!r} was rejected: {newer.reason}")
             raise _unknown(adapter_id)
-        if at and (len(digest) < DIGEST_SHOWN or not _matches(version, digest)):
+        if not _matches(version, adapter_id):
             raise _unknown(adapter_id)
         return version
 
@@ -252,7 +252,7 @@ class Lease:
             )  # if there is none, this one is still to be let go
             self.end()
             self._hold(newest)
-        if not _matches(self.version, self._id.partition("@")[2]):
+        if not _matches(self.version, self._id):
             raise _unknown(self._id)
         return self.version
 
@@ -299,9 +299,12 @@ class Watcher:
                 yield version, gone
 
 
-def _matches(version: Version, digest: str) -> bool:
-    """Say whether a version is the one asked for, as far as that is known."""
-    return not version.digest or version.digest.startswith(digest)
+def _matches(version: Version, adapter_id: str) -> bool:
+    """Say whether a version is what NAME or NAME@DIGEST asks for, as far as that is known."""
+    _, at, digest = adapter_id.partition("@")
+    if not at:
+        return True
+    return len(digest) >= DIGEST_SHOWN and (not version.digest or version.digest.startswith(digest))
 
 
 def _unknown(adapter_id: str) -> UnknownAdapter:

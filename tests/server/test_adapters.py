@@ -46,6 +46,41 @@ def test_a_file_being_written_is_not_touched_until_it_is_complete(
     eventually(lambda: running.state("slow") == "resident")
 
 
+def test_adapters_are_listed_in_pages_that_part_no_names_versions(
+    running: Running, make_adapter: MakeAdapter
+) -> None:
+    with Stream(running, "a2"):
+        write_delta(running.directory / "a2.safetensors", make_adapter(9))
+        eventually(lambda: "draining" in running.state("a2") and "resident" in running.state("a2"))
+        everything = [(each.name, each.digest) for each in running.client.adapters()]
+        assert sorted({name for name, _ in everything}) == ["a1", "a2", "a3", "a4"]
+        for size in range(1, 7):
+            assert [pair for page in pages(running, size) for pair in page] == everything
+            for page in pages(running, size):
+                assert len(page) <= size + 1
+                assert len({name for name, _ in page} & {"a2"}) * 2 <= len(page)
+
+
+def pages(running: Running, size: int) -> list[list[tuple[str, str]]]:
+    found, token = [], ""
+    while not found or token:
+        request = pb.ListAdaptersRequest(page_size=size, page_token=token)
+        response = running.client._adapters.List(request)
+        found.append([(each.name, each.digest) for each in response.adapters])
+        token = response.next_page_token
+    return found
+
+
+def test_too_short_a_digest_names_no_version(running: Running) -> None:
+    running.client.generate("x", adapter="a1", sampling=SHORT)
+    digest = running.client.adapter("a1").digest
+    assert running.client.adapter(f"a1@{digest[:12]}").digest == digest
+    for short in ("", digest[:11]):
+        with pytest.raises(ClientError) as caught:
+            running.client.adapter(f"a1@{short}")
+        assert caught.value.code == grpc.StatusCode.NOT_FOUND
+
+
 def test_a_removed_file_is_unloaded_once_its_requests_are_done(running: Running) -> None:
     with Stream(running, "a1") as stream:
         free = running.server.engine.slab.arena.free_bytes

@@ -1,5 +1,6 @@
 """What a request may ask of its answer, over the socket, against transformers' own generate."""
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from spieldose_proto import inference_pb2 as pb
 from spieldose_server.client import ClientError, Reply
+from spieldose_server.sampling import perturb
 
 from ..conftest import Running, eventually
 
@@ -36,11 +38,50 @@ def test_repetition_penalty(running: Running, penalty: float) -> None:
     assert got.token_ids != ask(running).token_ids
 
 
-def test_presence_and_frequency_penalties_make_an_answer_more_varied(running: Running) -> None:
-    plain = ask(running, max_tokens=100)
-    for name in ("presence_penalty", "frequency_penalty"):
-        varied = ask(running, max_tokens=100, **{name: 2.0})
-        assert len(set(varied.token_ids)) > len(set(plain.token_ids))
+@pytest.mark.parametrize(("presence", "frequency"), [(1.5, 0.0), (0.0, 0.4), (-0.5, 1.0)])
+def test_presence_and_frequency_penalties(
+    running: Running, presence: float, frequency: float
+) -> None:
+    def penalised(logits: torch.Tensor, answer: list[int]) -> torch.Tensor:
+        for token in set(answer):
+            logits[token] -= presence + frequency * answer.count(token)
+        return logits
+
+    got = ask(running, presence_penalty=presence, frequency_penalty=frequency)
+    assert got.token_ids == step_by_step(running, penalised)
+    assert got.token_ids != ask(running).token_ids
+
+
+def test_sampled_answers_take_the_largest_perturbed_logit(running: Running) -> None:
+    prompt = len(running.base.tokenizer(PROMPT)["input_ids"])
+
+    def perturbed(logits: torch.Tensor, answer: list[int]) -> torch.Tensor:
+        return perturb(
+            logits[None],
+            temperature=torch.tensor([1.3]),
+            top_k=torch.tensor([30]),
+            top_p=torch.tensor([0.9]),
+            min_p=torch.tensor([0.02]),
+            seed=torch.tensor([11]),
+            position=torch.tensor([prompt + len(answer)]),
+        )[0]
+
+    got = ask(running, temperature=1.3, top_k=30, top_p=0.9, min_p=0.02, seed=11)
+    assert got.token_ids == step_by_step(running, perturbed)
+
+
+def step_by_step(
+    running: Running, edit: Callable[[torch.Tensor, list[int]], torch.Tensor]
+) -> tuple[int, ...]:
+    """Take the largest of the edited logits 24 times, each from the whole sequence."""
+    prompt: list[int] = running.base.tokenizer(PROMPT)["input_ids"]
+    model: Any = running.base.model
+    answer: list[int] = []
+    while len(answer) < 24 and running.base.tokenizer.eos_token_id not in answer:
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + answer])).logits[0, -1].float()
+        answer.append(int(edit(logits, answer).argmax()))
+    return tuple(answer)
 
 
 def test_min_p_near_one_is_greedy(running: Running) -> None:

@@ -131,11 +131,11 @@ def test_token_ids_are_taken_as_they_are(running: Running) -> None:
 
 
 def test_a_seed_gives_the_same_tokens_alone_and_in_a_crowd(running: Running) -> None:
-    alone = [sample(running.client, seed) for seed in range(6)]
-    with ThreadPoolExecutor(6) as pool:
-        crowd = list(pool.map(sample, [running.client] * 6, range(6)))
+    alone = [sample(running.client, seed) for seed in range(20)]
+    with ThreadPoolExecutor(20) as pool:
+        crowd = list(pool.map(sample, [running.client] * 20, range(20)))
     assert crowd == alone
-    assert len(set(alone)) == 6
+    assert len(set(alone)) == 20
 
 
 def test_without_a_seed_samples_differ(running: Running) -> None:
