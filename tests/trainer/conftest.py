@@ -51,6 +51,8 @@ class Toy:
         method: str = "spiel-ag",
         since_reselection: bool = False,
         seed_momentum: bool = True,
+        normalised: bool = False,
+        first_rate: float = 1.0,
     ) -> None:
         generator = torch.Generator().manual_seed(1)
         self.accumulation = accumulation
@@ -62,10 +64,16 @@ class Toy:
                 positions[: int(density * height * width)], shape=(height, width)
             )
         self.schedule = ReselectionSchedule(
-            every=every, steps=steps, initial_rate=0.4, decay=decay, total=total
+            every=every,
+            steps=steps,
+            initial_rate=0.4,
+            decay=decay,
+            total=total,
+            first_rate=first_rate,
         )
         self.since_reselection = since_reselection
         self.seed_momentum = seed_momentum
+        self.normalised = normalised
         layers, settings = self.layers, {"lr": 1e-2, "weight_decay": weight_decay}
         self.updater = (
             SparseAdamW([layer.values for layer in layers.values()], **settings)
@@ -73,7 +81,12 @@ class Toy:
             else SM3(layers.values(), **settings)
         )
         kind: Any = (
-            partial(AccumulatedGradients, passes=accumulation, seed_momentum=seed_momentum)
+            partial(
+                AccumulatedGradients,
+                passes=accumulation,
+                seed_momentum=seed_momentum,
+                normalised=normalised,
+            )
             if method == "spiel-ag"
             else MomentumApproximation
         )

@@ -21,16 +21,21 @@ class DenseRun:
             name: zeros.requires_grad_() for name, zeros in self.blank(toy.shapes).items()
         }
         self.anchors = self.blank(toy.shapes)  # δ at the last reselection
+        self.products: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
     def blank(self, shapes: Any) -> dict[str, torch.Tensor]:
         return {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
 
     def product(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        return x @ (self.toy.weights[name] + self.deltas[name]).t()
+        y = x @ (self.toy.weights[name] + self.deltas[name]).t()
+        self.products[name].append((x, y))
+        return y
 
     def update(self, number: int) -> None:
+        self.products = {name: [] for name in self.deltas}
         loss = sum(self.toy.loss(self.product, x, t) for x, t in self.toy.batches(number))
-        gradients = torch.autograd.grad(loss, list(self.deltas.values()))
+        gradients = torch.autograd.grad(loss, list(self.deltas.values()), retain_graph=True)
+        self.norms = {name: self.norm(loss, name) for name in self.deltas}
         for name, gradient in zip(self.deltas, gradients, strict=True):
             self.accumulate(number, name, gradient)
             with torch.no_grad():
@@ -39,6 +44,12 @@ class DenseRun:
             for name in self.deltas:
                 with torch.no_grad():
                     self.reselect(number, name)
+
+    def norm(self, loss: Any, name: str) -> torch.Tensor:
+        """Return ‖dy_i‖·‖x_j‖ over all of an update's tokens, [R, C]."""
+        inputs, outputs = zip(*self.products[name], strict=True)
+        dy = torch.cat(torch.autograd.grad(loss, outputs, retain_graph=True))
+        return torch.outer(dy.norm(dim=0), torch.cat(inputs).detach().norm(dim=0))
 
     def accumulate(self, number: int, name: str, gradient: torch.Tensor) -> None:
         """Take in a gradient for the next reselection."""
@@ -80,12 +91,15 @@ class DenseGradientRun(DenseRun):
         self.first, self.second, self.age, self.total, self.square, self.candidate = (
             self.blank(toy.shapes) for _ in range(6)
         )
+        self.against: dict[str, torch.Tensor] = {}  # what gradients are measured against
 
     def accumulate(self, number: int, name: str, gradient: torch.Tensor) -> None:
         if number % self.toy.schedule.every == 1:
             wanted = 2 * int(self.support[name].sum())
-            magnitudes = gradient.abs().flatten().sort(descending=True).values
-            self.candidate[name] = gradient.abs() >= magnitudes[min(wanted, len(magnitudes)) - 1]
+            self.against[name] = self.norms[name] if self.toy.normalised else torch.tensor(1.0)
+            sizes = gradient.abs() / self.against[name]
+            ranked = sizes.flatten().sort(descending=True).values
+            self.candidate[name] = sizes >= ranked[min(wanted, len(ranked)) - 1]
             self.total[name].zero_()
             self.square[name].zero_()
         self.total[name] += gradient
@@ -104,7 +118,8 @@ class DenseGradientRun(DenseRun):
         self.deltas[name][on] = old - lr * decay * old - lr * mean / (spread + group["eps"])
 
     def scores(self, name: str) -> torch.Tensor:
-        return self.total[name].abs().masked_fill(~self.candidate[name].bool(), -torch.inf)
+        sizes = self.total[name].abs() / self.against[name]
+        return sizes.masked_fill(~self.candidate[name].bool(), -torch.inf)
 
     def reselect(self, number: int, name: str) -> None:
         super().reselect(number, name)

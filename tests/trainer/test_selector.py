@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from spieldose_kernels.linear import TrainableDelta
 from spieldose_trainer.selectors.accumulated_gradients import choose_exchange
+from spieldose_trainer.selectors.candidates import Candidates
 from spieldose_trainer.support import exchange, flat_positions
 from spieldose_trainer.updaters.adamw import SparseAdamW
 
@@ -152,16 +153,46 @@ def test_accumulated_updates_follow_a_dense_float64_run(
     assert_follows(toy, DenseGradientRun(toy))
 
 
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_growth_by_correlation_follows_a_dense_float64_run(
+    make_toy: Callable[..., Any], accumulation: int
+) -> None:
+    toy = make_toy(every=10, accumulation=accumulation, normalised=True)
+    assert_follows(toy, DenseGradientRun(toy))
+
+
+@pytest.mark.parametrize("method", ["spiel-ag", "spiel-ma"])
+def test_a_first_rate_of_its_own_follows_a_dense_float64_run(
+    make_toy: Callable[..., Any], method: str
+) -> None:
+    toy = make_toy(method=method, every=10, first_rate=0.5)
+    dense = DenseGradientRun if method == "spiel-ag" else DenseMomentumRun
+    assert_follows(toy, dense(toy))
+
+
+def test_a_layer_without_input_grows_nowhere_by_correlation() -> None:
+    candidates = Candidates((3, 4), count=12, normalised=True)
+    x, dy = torch.randn(4, 5), torch.randn(3, 5)
+    x[1], dy[2] = 0.0, 0.0
+    candidates.observe(x, dy)
+    candidates.finish_update()
+    dead = (candidates.positions % 4 == 1) | (candidates.positions // 4 == 2)
+    assert bool((candidates.scores()[dead] == 0).all())
+    assert bool((candidates.scores()[~dead].abs() > 0).all())
+    assert bool((candidates.scores().abs() <= 1 + 1e-6).all())
+
+
 def test_the_layers_backward_passes_are_not_watched_before_the_run(
     make_toy: Callable[..., Any],
 ) -> None:
     assert all(layer.probe is None for layer in make_toy().layers.values())
 
 
+@pytest.mark.parametrize("normalised", [False, True])
 def test_a_selector_restored_within_a_phase_chooses_the_same(
-    make_toy: Callable[..., Any],
+    make_toy: Callable[..., Any], normalised: bool
 ) -> None:
-    whole, broken = make_toy(), make_toy()
+    whole, broken = make_toy(normalised=normalised), make_toy(normalised=normalised)
     for update in range(1, 4):
         whole.update(update)
         broken.update(update)

@@ -70,9 +70,11 @@ def test_a_delta_file_is_about_as_large_as_told(
 
 @pytest.mark.parametrize("passes", [1, 3])
 @pytest.mark.parametrize("updates", [0, 2], ids=["first update", "later"])
-def test_candidates_never_hold_more_than_told(updates: int, passes: int) -> None:
+@pytest.mark.parametrize("normalised", [False, True])
+def test_candidates_never_hold_more_than_told(updates: int, passes: int, normalised: bool) -> None:
     spare = 1 if passes == 1 else SPARE
-    watcher = Candidates((HEIGHT, WIDTH), count=CANDIDATE_FACTOR * ENTRIES, spare=spare)
+    count = CANDIDATE_FACTOR * ENTRIES
+    watcher = Candidates((HEIGHT, WIDTH), count=count, spare=spare, normalised=normalised)
     for _ in range(updates):
         watcher.observe(torch.randn(WIDTH, 7), torch.randn(HEIGHT, 7))
         watcher.finish_update()
@@ -81,7 +83,9 @@ def test_candidates_never_hold_more_than_told(updates: int, passes: int) -> None
     held = tensor_bytes([watcher.positions, watcher._update, watcher.total, watcher.total_square])
     if support is not None:
         held += tensor_bytes([support.row_starts, support.columns])
-    told = candidate_bytes(HEIGHT, WIDTH, ENTRIES, passes=passes)
+    if watcher._norms is not None:
+        held += tensor_bytes(watcher._norms.squares.values())
+    told = candidate_bytes(HEIGHT, WIDTH, ENTRIES, passes=passes, normalised=normalised)
     assert held <= told
     if not updates and passes > 1:  # with one pass later updates hold more
         assert held == told

@@ -23,7 +23,7 @@ from spieldose_trainer.trainer import Trainer
 BATCH = 8  # of one process, or of two together
 # methods, each with what makes its support change, or come from all the data
 RUNS: dict[str, dict[str, Any]] = {
-    "spiel-ag": {"accumulation": 2, "batch_size": 4},
+    "spiel-ag": {"accumulation": 2, "batch_size": 4, "growth": "correlation"},
     "spiel-ma": {},
     "zo": {"density": 0.05},
     "lift": {"rank": 8},

@@ -73,11 +73,15 @@ class TrainConfig:
 
     reselect_every: int | None = None  # updates from one change of support to the next (S)
     selection_steps: int = 5  # updates whose gradients decide a reselection (γ)
+    first_rate: float = 1.0  # share of the random support that the first reselection replaces
     initial_rate: float = (
         0.2  # share replaced by the second reselection; falls to 0 at the end (r0)
     )
     rate_schedule: Literal["linear", "cosine"] = "linear"  # how that share falls
     drop: Literal["smallest", "least-changed"] = "smallest"  # |δ|, or since the last reselection
+    growth: Literal["gradient", "correlation"] = (
+        "gradient"  # the largest, or by norms of in and out
+    )
     seed_momentum: bool = True  # a grown entry's momentum is its mean gradient so far, otherwise 0
     allocation: Literal["layer", "global"] = "layer"  # compare scores within layers or overall
     fisher_data: Path | None = None  # text for the Fisher scores; none: the training data
@@ -170,7 +174,7 @@ class TrainConfig:
 _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("out", lambda path: path.suffix == ".safetensors", "NAME.safetensors"),
     ("density learning_rate", lambda x: 0 < x <= 1, "above 0 and at most 1"),
-    ("warmup initial_rate", lambda x: 0 <= x <= 1, "between 0 and 1"),
+    ("warmup first_rate initial_rate", lambda x: 0 <= x <= 1, "between 0 and 1"),
     (
         "batch_size accumulation max_length selection_steps checkpoint_every max_steps "
         "eval_every patience reselect_every fisher_samples rank",

@@ -93,6 +93,7 @@ def make_selector(
             schedule = ReselectionSchedule(
                 every=choice.reselect_every,
                 steps=config.selection_steps,
+                first_rate=config.first_rate,
                 initial_rate=config.initial_rate,
                 decay=config.rate_schedule,
                 total=updates,
@@ -112,6 +113,7 @@ def make_selector(
                 since_reselection=least_changed,
                 passes=config.accumulation,
                 seed_momentum=config.seed_momentum,
+                normalised=config.growth == "correlation",
             )
         case "principal":
             return Principal(

@@ -122,7 +122,13 @@ def _pass_bytes(
 def _selection_bytes(config: TrainConfig, height: int, width: int, count: int) -> int:
     match config.choice.selector:
         case "gradients":
-            return candidate_bytes(height, width, count, passes=config.accumulation)
+            return candidate_bytes(
+                height,
+                width,
+                count,
+                passes=config.accumulation,
+                normalised=config.growth == "correlation",
+            )
         case "largest":
             return gathered_bytes(height, width, _compression(config))
         case _:

@@ -49,15 +49,19 @@ def moment_bytes(
             return 2 * 4 * compression.width * chunks + space
 
 
-def candidate_bytes(height: int, width: int, entries: int, *, passes: int) -> int:
+def candidate_bytes(
+    height: int, width: int, entries: int, *, passes: int, normalised: bool = False
+) -> int:
     """Return the most a selection phase of accumulated gradients keeps for a layer of R, C and Z.
 
     That is in its first update, or in those after it; `passes` are the forward passes of one.
     """
+    norms = 4 * (height + width) if normalised else 0
     weights = height * width
     count = min(CANDIDATE_FACTOR * entries, weights)
     first = SUM_BYTES * min((1 if passes == 1 else SPARE) * count, weights)
-    return max(first, count * (CANDIDATE_BYTES + index_dtype(width).itemsize) + 4 * (height + 1))
+    later = count * (CANDIDATE_BYTES + index_dtype(width).itemsize) + 4 * (height + 1)
+    return norms + max(first, later)
 
 
 def gathered_bytes(height: int, width: int, compression: Compression) -> int:

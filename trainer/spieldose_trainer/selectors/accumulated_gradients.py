@@ -32,11 +32,14 @@ class AccumulatedGradients(Spiel):
         since_reselection: bool = False,
         passes: int = 1,
         seed_momentum: bool = True,
+        normalised: bool = False,
     ) -> None:
         """Take `passes`, the forward passes of an update, besides what all variants take.
 
         Without `seed_momentum` newcomers take over the spread of their gradients, not the mean,
-        which is biased: it chose them.
+        which is biased: it chose them. If `normalised`, gradients are compared after division by
+        the norms of their inputs and output gradients: rows and columns that are large all over
+        do not take the whole support.
         """
         super().__init__(
             layers, updater=updater, schedule=schedule, since_reselection=since_reselection
@@ -44,6 +47,7 @@ class AccumulatedGradients(Spiel):
         self.candidates: dict[str, Candidates] = {}  # empty outside a phase
         self._spare = 1 if passes == 1 else SPARE
         self._seed_momentum = seed_momentum
+        self._normalised = normalised
 
     def begin_update(self, update: int) -> None:
         """Watch the backward passes of this update if it belongs to a selection phase."""
@@ -73,7 +77,7 @@ class AccumulatedGradients(Spiel):
             active,
             self.changes(name),
             watcher.positions,
-            watcher.total,
+            watcher.scores(),
             count=int(active.numel() * self.schedule.rate(update)),
         )
         grown = watcher.positions[grow]
@@ -106,6 +110,7 @@ class AccumulatedGradients(Spiel):
             layer.shape,
             count=CANDIDATE_FACTOR * layer.values.numel(),
             spare=self._spare,
+            normalised=self._normalised,
         )
 
 
@@ -113,18 +118,18 @@ def choose_exchange(
     active: torch.Tensor,
     changes: torch.Tensor,
     candidates: torch.Tensor,
-    gradients: torch.Tensor,
+    scores: torch.Tensor,
     *,
     count: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (keep, grow): a mask over `active` [Z], and ascending indices into `candidates` [M].
 
-    The `count` smallest |change| are dropped, the `count` largest |gradient| outside the survivors
+    The `count` smallest |change| are dropped, the `count` largest |score| outside the survivors
     grown; a position in both sets is kept untouched. Positions are flat and ascending.
     """
     keep = torch.ones(active.numel(), dtype=torch.bool, device=active.device)
     keep[changes.abs().topk(count, largest=False).indices] = False
-    score = gradients.abs().masked_fill(torch.isin(candidates, active[keep]), -1.0)
+    score = scores.abs().masked_fill(torch.isin(candidates, active[keep]), -1.0)
     grow = score.topk(count).indices.sort().values
     both = torch.isin(candidates[grow], active[~keep])
     keep |= torch.isin(active, candidates[grow][both])

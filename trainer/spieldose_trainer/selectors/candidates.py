@@ -8,6 +8,32 @@ from spieldose_kernels.top_k import TopK
 from spieldose_trainer.ranks import mean_over_ranks
 
 
+class Norms:
+    """Hold the norms of a layer's inputs and output gradients, whose products are its gradient."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self.squares = {"rows": torch.zeros(shape[0]), "columns": torch.zeros(shape[1])}
+
+    def add(self, x: torch.Tensor, dy: torch.Tensor) -> None:
+        """Take in one backward pass, x [C, T] and dy [R, T]; under data parallelism all ranks'."""
+        for name, side in (("rows", dy), ("columns", x)):
+            square = mean_over_ranks(side.float().square().sum(1))
+            self.squares[name] = self.squares[name].to(square.device) + square
+
+    def of_rows(self, first: int, count: int) -> torch.Tensor:
+        """Return what the gradients of some rows are measured against, [count, C]."""
+        return self._product(self.squares["rows"][first : first + count, None], slice(None))
+
+    def at(self, positions: torch.Tensor) -> torch.Tensor:
+        """Return what gradients at flat positions are measured against, [n]."""
+        width = self.squares["columns"].numel()
+        return self._product(self.squares["rows"][positions // width], positions % width)
+
+    def _product(self, rows: torch.Tensor, columns: torch.Tensor | slice) -> torch.Tensor:
+        product = rows.sqrt() * self.squares["columns"][columns].sqrt()
+        return product.clamp(min=torch.finfo(torch.float32).tiny)  # of nothing: 0 / tiny is 0
+
+
 class Candidates:
     """Accumulate one layer's gradient at its most promising positions.
 
@@ -16,9 +42,14 @@ class Candidates:
     times as many positions until its end: a position is missed only if it is not even among those
     after some pass. Sums are float32. Under data parallelism every rank sees the mean gradient,
     hence the same positions.
+
+    If `normalised`, |dW| is measured against the norms of its row's output gradients and of its
+    column's inputs in that update: that is, by how far the two are correlated.
     """
 
-    def __init__(self, shape: tuple[int, int], *, count: int, spare: int = 1) -> None:
+    def __init__(
+        self, shape: tuple[int, int], *, count: int, spare: int = 1, normalised: bool = False
+    ) -> None:
         self.shape = shape
         self.spare = spare
         self.count = min(count, shape[0] * shape[1])
@@ -28,6 +59,7 @@ class Candidates:
         self._update = torch.empty(0)  # [M] gradient of the running update
         self.total = torch.empty(0)  # [M] Σ g
         self.total_square = torch.empty(0)  # [M] Σ g²
+        self._norms = Norms(shape) if normalised else None
 
     @torch.no_grad()
     def observe(self, x: torch.Tensor, dy: torch.Tensor) -> None:
@@ -45,9 +77,9 @@ class Candidates:
         """Count the gradient gathered since the last call as one sample."""
         if self.samples == 0:
             largest = TopK(self.count)
-            largest.show(self._update, first=0)
-            chosen, self._update = largest.largest()
-            self.positions = self.positions[chosen]
+            largest.show(self._relative(self._update), first=0)
+            chosen, _ = largest.largest()
+            self.positions, self._update = self.positions[chosen], self._update[chosen]
             self.total = torch.zeros_like(self._update)
             self.total_square = torch.zeros_like(self._update)
             self._support = SparseDelta.from_flat(self.positions, self._update, shape=self.shape)
@@ -58,7 +90,16 @@ class Candidates:
         self._update.zero_()
         self.samples += 1
 
+    def scores(self) -> torch.Tensor:
+        """Return what the positions are compared by, [M]."""
+        return self._relative(self.total)
+
+    def _relative(self, gradients: torch.Tensor) -> torch.Tensor:
+        return gradients if self._norms is None else gradients / self._norms.at(self.positions)
+
     def _choose(self, x: torch.Tensor, dy: torch.Tensor) -> None:
+        if self._norms is not None:
+            self._norms.add(x, dy)
         largest = TopK(self.spare * self.count)
         for row, tile in gradient_tiles(dy, x):
             gradient, first = mean_over_ranks(tile.float()).flatten(), row * self.shape[1]
@@ -66,8 +107,12 @@ class Candidates:
                 ends = self.positions.new_tensor([first, first + gradient.numel()])
                 inside = slice(*torch.searchsorted(self.positions, ends).tolist())
                 gradient[self.positions[inside] - first] += self._update[inside]
+            if self._norms is not None:
+                gradient /= self._norms.of_rows(row, gradient.numel() // self.shape[1]).flatten()
             largest.show(gradient, first=first)
         self.positions, self._update = largest.largest()
+        if self._norms is not None:
+            self._update *= self._norms.at(self.positions)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return what a resumed run needs, between two updates."""
@@ -76,12 +121,14 @@ class Candidates:
             "total": self.total,
             "total_square": self.total_square,
             "samples": torch.tensor(self.samples),
-        }
+        } | ({} if self._norms is None else self._norms.squares)
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Go on from `state_dict`."""
         self.positions, self.total = state["positions"], state["total"]
         self.total_square = state["total_square"]
         self.samples = int(state["samples"])
+        if self._norms is not None:
+            self._norms.squares = {name: state[name] for name in self._norms.squares}
         self._update = torch.zeros_like(self.total)
         self._support = SparseDelta.from_flat(self.positions, self._update, shape=self.shape)

@@ -9,8 +9,9 @@ from typing import Literal
 class ReselectionSchedule:
     """Lay out the selection phases of a run of `total` updates, counted from 1.
 
-    A phase is the first γ updates of every S; at its end the support changes: wholly the first time
-    (it was random), by a share that falls from r0 to 0 afterwards (arXiv 2401.16405).
+    A phase is the first γ updates of every S; at its end the support changes: the first time by a
+    share of its own, wholly in arXiv 2401.16405 (it was random), by one that falls from r0 to 0
+    afterwards.
     """
 
     every: int  # S
@@ -18,6 +19,7 @@ class ReselectionSchedule:
     initial_rate: float  # r0
     decay: Literal["linear", "cosine"]
     total: int  # T
+    first_rate: float = 1.0
 
     def opens_phase(self, update: int) -> bool:
         """Say whether candidates are chosen from this update's gradients."""
@@ -38,7 +40,7 @@ class ReselectionSchedule:
     def rate(self, update: int) -> float:
         """Return the share of the support to replace after this update; none after the last."""
         if update == self.steps < self.total:
-            return 1.0
+            return self.first_rate
         progress = min(update / self.total, 1.0)
         if self.decay == "linear":
             return self.initial_rate * (1 - progress)
