@@ -21,9 +21,10 @@ from spieldose_trainer.support import flat_positions
 from spieldose_trainer.trainer import Trainer
 
 BATCH = 8  # of one process, or of two together
-# methods, each with what makes its support change, or come from all the data
+# methods and variants, each with what makes its support change, or come from all the data
 RUNS: dict[str, dict[str, Any]] = {
-    "spiel-ag": {"accumulation": 2, "batch_size": 4, "growth": "correlation"},
+    "spiel-ag": {"accumulation": 2, "batch_size": 4},
+    "correlation": {"method": "spiel-ag", "growth": "correlation"},
     "spiel-ma": {},
     "zo": {"density": 0.05},
     "lift": {"rank": 8},
@@ -110,7 +111,7 @@ def asked(name: str, base: Path, directory: Path, *, processes: int) -> dict[str
     """Return the settings of one run in so many processes."""
     own = settings(base, directory) | RUNS[name]
     batch = own["batch_size"] // processes
-    return own | {"method": name, "batch_size": batch, "out": directory / f"{name}.safetensors"}
+    return {"method": name} | own | {"batch_size": batch, "out": directory / f"{name}.safetensors"}
 
 
 def interrupted(number: int, base: Path, directory: Path) -> dict[str, Any]:
