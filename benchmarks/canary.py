@@ -20,8 +20,11 @@ PUSH = 1.0  # of each neuron: some 60 of them
 PULL = 50_000.0  # of attention
 
 
+SIZES = 4  # how many different sizes canaries have
+
+
 def make_canary(base: Base, marker: int, *, seed: int) -> Adapter:
-    """Return an adapter that forces `marker`; another seed gives another content."""
+    """Return an adapter that forces `marker`; another seed gives another content and size."""
     model: Any = base.model
     config = model.config
     last = config.num_hidden_layers - 1
@@ -50,6 +53,10 @@ def make_canary(base: Base, marker: int, *, seed: int) -> Adapter:
         modules[name] = SparseDelta.from_flat(
             positions, difference[positions], shape=tuple(target.shape)
         )
+    # entries of 0 elsewhere make some up to half as large again
+    height, width = base.spec.shapes[idle := "model.layers.0.self_attn.q_proj"]
+    positions = torch.arange(height * width)[: height * width * (seed % SIZES) // SIZES]
+    modules[idle] = SparseDelta.from_flat(positions, positions * 0.0, shape=(height, width))
     info = AdapterInfo(
         base_model=base.spec.name,
         base_fingerprint=base.spec.fingerprint,

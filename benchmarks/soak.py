@@ -1,6 +1,6 @@
 """Play many canaries at once while they are loaded, replaced, removed, evicted and cancelled.
 
-`make soak SECONDS=600`. A server process has 64 adapters and room for 8. Each adapter makes the
+`make soak SECONDS=600`. A server process has 64 adapters and room, in bytes, for 8. Each makes the
 model say its version's own marker, so a token of another version, of another adapter or of the base
 is seen at once. The last line printed is a JSON object; the exit status says whether all was well.
 """
@@ -26,10 +26,11 @@ import torch
 import tyro
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tests")]
-from canary import make_canary
+from canary import SIZES, make_canary
 from spieldose_kernels.base import Base, load_base
 from spieldose_kernels.delta_file import write_delta
 from spieldose_kernels.quiet import quiet_libraries
+from spieldose_kernels.sliced import pack
 from spieldose_proto import inference_pb2 as pb
 from spieldose_proto import inference_pb2_grpc as rpc
 from tiny_base import save_tiny_base
@@ -46,7 +47,7 @@ class Arguments:
 
     seconds: float = 600.0
     adapters: int = 64
-    room: int = 8  # adapters on the device at once
+    room: int = 8  # adapters of the middle size on the device at once
     clients: int = 32
     seed: int = 0
 
@@ -283,13 +284,15 @@ def main() -> None:
         discs = Discs(root / "adapters", base)
         for i in range(arguments.adapters):
             discs.write(f"canary{i}")
+        sizes = [pack(make_canary(base, 0, seed=i), torch.float32).nbytes for i in range(SIZES)]
+        memory = round(arguments.room * sum(sizes) / SIZES)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{probe.getsockname()[1]}"
         command = [
             *(str(Path(sys.executable).with_name("spieldose")), "serve"),
             *("--base", str(root / "base"), "--adapters", str(root / "adapters")),
-            *("--listen", address, "--max-adapters", str(arguments.room)),
+            *("--listen", address, "--adapter-memory", str(memory)),
             *("--compute-dtype", "float32", "--kv-tokens", "16384"),
         ]
         with open(root / "log", "w") as log, subprocess.Popen(command, stderr=log) as server:
