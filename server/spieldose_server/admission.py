@@ -179,8 +179,9 @@ class Admission:
             except Dismissed:
                 continue
             except asyncio.CancelledError:
-                if share.queue.pop(place, None) is None and place.exception() is None:
-                    self._leave(turn)  # its turn came with the cancellation
+                share.queue.pop(place, None)
+                if place.done() and not place.cancelled() and place.exception() is None:
+                    self._leave(turn)  # its turn came before the cancellation
                 raise
             return turn
 
@@ -199,6 +200,8 @@ class Admission:
         """Give free places to those whose turn it is."""
         while self.running < self._limits.running and (chosen := self._next()) is not None:
             place, turn = chosen.queue.popitem(last=False)
+            if place.cancelled():
+                continue  # whoever waited is gone, but its task has yet to run
             self.running += 1
             turn.tenant.running += 1
             turn.share.running += 1
@@ -236,7 +239,8 @@ class Admission:
                 for place, turn in list(share.queue.items()):
                     if turn.version is version:
                         del share.queue[place]
-                        place.set_exception(Dismissed())
+                        if not place.cancelled():
+                            place.set_exception(Dismissed())
 
     def _forget(self) -> None:
         """Drop the counters that say nothing any more: those no higher than the lowest in use."""

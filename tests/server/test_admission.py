@@ -203,6 +203,40 @@ def test_one_that_stops_waiting_leaves_nothing_behind() -> None:
     asyncio.run(run())
 
 
+def test_one_cancelled_just_before_its_turn_takes_no_place() -> None:
+    async def run() -> None:
+        hall = Hall()
+        with hall.admission.accept("a") as tenant:
+            async with hall.admission.turn(tenant, None, tokens=1):
+                waits = asyncio.create_task(hall.ask("b"))
+                await asyncio.sleep(0)
+                waits.cancel()  # and its turn comes before its task can run
+        await asyncio.wait([waits])
+        assert waits.cancelled()
+        await asyncio.wait_for(hall.ask("c"), 5)
+        assert hall.order == ["c"] and hall.at_rest()
+
+    asyncio.run(run())
+
+
+def test_one_cancelled_just_before_its_adapter_leaves_holds_nobody_up(
+    on_shelf: Callable[..., Any],
+) -> None:
+    @on_shelf("a")
+    async def _(shelf: Shelf) -> None:
+        hall = Hall(shelf.residency)
+        await shelf.use("a")
+        with hall.admission.accept("") as tenant:
+            async with hall.admission.turn(tenant, None, tokens=1):
+                waits = asyncio.create_task(hall.play(shelf.store, "a"))
+                await asyncio.sleep(0.05)
+                waits.cancel()
+                shelf.store.retire("a")
+        await asyncio.wait([waits])
+        assert waits.cancelled() and hall.at_rest()
+        assert shelf.store.list() == []
+
+
 def test_adapters_of_a_tenant_and_the_base_take_turns(on_shelf: Callable[..., Any]) -> None:
     @on_shelf("a", "b", slots=2)
     async def _(shelf: Shelf) -> None:
