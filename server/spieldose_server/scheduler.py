@@ -47,6 +47,9 @@ class Scheduler(FIFOScheduler):
     def clear_cancelled_requests(self) -> list[RequestState]:
         """Free cancelled requests, between two steps."""
         states: list[RequestState] = super().clear_cancelled_requests()
+        if states:
+            # a full cache lets nobody in until a request finishes, and perhaps none will any more
+            self.block_new_requests = False
         for state in states:
             self._released(state.request_id)
         return states
