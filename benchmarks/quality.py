@@ -45,22 +45,28 @@ CPU = torch.device("cpu")
 SEEDS = (0, 1, 2)
 PER_RANK = 305_280 / 106_168_320  # of SmolLM2-135M's linear weights: Σ (R + C) over Σ R·C
 
-# SpIEL's phases are laid out for thousands of updates: here one opens every 5, and more is changed
-SPIEL = {"reselect_every": 5, "selection_steps": 1, "initial_rate": 0.6}
+# SpIEL's phases are laid out for thousands of updates: here they are shorter
+SHORT = {"reselect_every": 5, "selection_steps": 1, "initial_rate": 0.6}
+SPREAD = {
+    "method": "spiel-ag",
+    "growth": "correlation",
+    "first_rate": 0.05,
+    "initial_rate": 0.05,
+    "reselect_every": 10,
+    "seed_momentum": False,
+}
 RATES = (2e-3, 6e-3, 2e-2)  # of Adam on weights chosen by gradients or magnitude
 HIGHER = (6e-3, 2e-2, 6e-2)  # what random weights bear, and SM3, whose steps only shrink
 
 # name: what is trained, and the learning rates to choose from
 METHODS: dict[str, tuple[dict[str, Any], tuple[float, float, float]]] = {
-    "spiel-ag": ({"method": "spiel-ag", "seed_momentum": False} | SPIEL, RATES),
-    "spiel-ag, 16 bit": (
-        {"method": "spiel-ag", "seed_momentum": False, "quantised": False} | SPIEL,
-        RATES,
-    ),
+    "spiel-ag": (SPREAD, HIGHER),
+    "spiel-ag, 16 bit": (SPREAD | {"quantised": False}, HIGHER),
+    "spiel-ag, by gradient": ({"method": "spiel-ag", "seed_momentum": False} | SHORT, RATES),
     "LoRA (PEFT)": ({"peft": "lora"}, (3e-3, 1e-2, 3e-2)),
     "SHiRA random, 16 bit (PEFT)": ({"peft": "shira"}, HIGHER),
     "spiel-ag, default settings": ({"method": "spiel-ag"}, (6e-4, 2e-3, 6e-3)),
-    "spiel-ma": ({"method": "spiel-ma"} | SPIEL, HIGHER),
+    "spiel-ma": ({"method": "spiel-ma"} | SHORT, HIGHER),
     "random": ({"method": "random"}, HIGHER),
     "fisher": ({"method": "fisher"}, RATES),
     "magnitude": ({"method": "magnitude"}, RATES),
