@@ -28,7 +28,8 @@ from spieldose_kernels.sliced import pack
 from spieldose_kernels.token_groups import TokenGroups
 from spieldose_server.config import ServerConfig
 from spieldose_server.engine import Engine
-from spieldose_server.request import GenerationRequest, SamplingParams
+from spieldose_server.request import GenerationRequest
+from spieldose_server.sampling_params import SamplingParams
 from spieldose_server.threads import apart
 
 ADAPTERS = 8

@@ -1,10 +1,12 @@
 """From training data through the delta file to the server, on the real model."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 
@@ -16,6 +18,19 @@ from spieldose_trainer.trainer import Result, train
 from tasks import TASKS, split, write_examples
 
 from .conftest import Running
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 20},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "places": {"type": "array", "items": {"enum": ["Oslo", "Zürich", "東京"]}, "maxItems": 3},
+    },
+    "required": ["name", "age", "places"],
+    "additionalProperties": False,
+}
+SCHEMA = json.dumps(PERSON)
+PATTERN = r"[A-ZÄÖÜ][a-zß]{1,9}, \d{1,3} (years|Jahre) 🎂?"
 
 TASK = TASKS[1]
 UPDATES = 7  # the first reselection is after 5
@@ -58,6 +73,23 @@ def test_a_served_adapter_scores_the_loss_it_had_in_the_trainer(
     assert sum(as_base) > 1.5 * sum(served)
     for prompt, reply in zip(prompts, said, strict=True):
         assert list(reply.token_ids) == greedy(trained.model, tokenizer(prompt)["input_ids"], 6)
+
+
+def test_the_real_model_is_held_to_a_schema_and_a_pattern(
+    trained: Result, real_directory: Path, serve_tiny: Callable[..., Iterator[Any]]
+) -> None:
+    def ask(running: Running, seed: int, **constraint: str) -> str:
+        sampling = pb.SamplingParams(temperature=1.5, seed=seed, max_tokens=200, **constraint)
+        adapter = ("", "dates")[seed % 2]
+        reply = running.client.generate("Ida, 41, of Oslo.", adapter=adapter, sampling=sampling)
+        assert reply.finish_reason == "stop", reply.text
+        return reply.text
+
+    settings = {"base": str(real_directory), "adapter_memory": 1 << 25}
+    for running in serve_tiny(trained.file.parent, **settings):
+        for seed in range(6):
+            jsonschema.validate(json.loads(ask(running, seed, json_schema=SCHEMA)), PERSON)
+            assert re.fullmatch(PATTERN, ask(running, seed, regex=PATTERN))
 
 
 def test_the_file_says_where_it_comes_from(trained: Result) -> None:
