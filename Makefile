@@ -6,7 +6,7 @@ BIN := .venv/bin
 # Where that index cannot be reached, pip goes on with the others.
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,--extra-index-url https://download.pytorch.org/whl/cpu)
 
-.PHONY: demo test soak bench-cpu bench-gpu lint format proto clean
+.PHONY: demo test soak bench-cpu bench-gpu lint format proto config clean
 
 demo: .venv/installed
 	$(BIN)/python demo/run.py $(if $(BASE),--base $(BASE))
@@ -36,6 +36,9 @@ format: .venv/installed
 proto: .venv/installed
 	$(BIN)/python -m grpc_tools.protoc -Ispieldose_proto=proto/spieldose_proto \
 		--python_out=proto --pyi_out=proto --grpc_python_out=proto spieldose_proto/inference.proto
+
+config: .venv/installed
+	$(BIN)/python -m spieldose_server.config_file > server/spieldose.toml
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "expected Python 3.11 or newer, got " + sys.version)'

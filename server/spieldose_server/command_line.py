@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from spieldose_kernels.errors import SpieldoseError
-from spieldose_server.config import DEFAULT_ADDRESS, DIGEST_SHOWN, ServerConfig
+from spieldose_server.config import DEFAULT_ADDRESS, DIGEST_SHOWN
+from spieldose_server.config_file import ServeArguments, checked, with_file
 
 Command = Callable[[Sequence[str]], None]
 
@@ -44,10 +45,13 @@ def main() -> None:
 
 def serve(arguments: Sequence[str]) -> None:
     """Serve a base model and a directory of adapters over gRPC."""
-    config = tyro.cli(ServerConfig, prog="spieldose serve", args=arguments)
+    config = tyro.cli(ServeArguments, prog="spieldose serve", args=with_file(arguments))
     from spieldose_kernels.quiet import quiet_libraries
 
     quiet_libraries()
+    if config.check:
+        print(checked(config))
+        return
     from spieldose_server import server
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")

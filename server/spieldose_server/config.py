@@ -26,9 +26,7 @@ class ServerConfig:
     host_memory: int = 2 << 30  # bytes of host memory for adapters ready to be copied there
     max_adapters: int = 256  # adapters resident at once
     kv_tokens: int = 16384  # tokens of KV cache, shared by all running requests
-    max_batch_tokens: int = (
-        512  # tokens of one forward pass; longer prompts are prefilled in chunks
-    )
+    max_batch_tokens: int = 512  # of one forward pass; a longer prompt takes several
     max_batch_requests: int = 64  # requests of one forward pass
     max_requests: int = 1024  # requests accepted at once; more are turned away
     max_tenant_requests: int = 512  # the same of one tenant

@@ -74,9 +74,7 @@ class TrainConfig:
     reselect_every: int | None = None  # updates from one change of support to the next (S)
     selection_steps: int = 5  # updates whose gradients decide a reselection (γ)
     first_rate: float = 1.0  # share of the random support that the first reselection replaces
-    initial_rate: float = (
-        0.2  # share replaced by the second reselection; falls to 0 at the end (r0)
-    )
+    initial_rate: float = 0.2  # share replaced by the second; falls to 0 at the end (r0)
     rate_schedule: Literal["linear", "cosine"] = "linear"  # how that share falls
     drop: Literal["smallest", "least-changed"] = "smallest"  # |δ|, or since the last reselection
     growth: Literal["gradient", "correlation"] = (

@@ -1,0 +1,105 @@
+"""The server's settings from a TOML file; each becomes the flag of its name.
+
+`python -m spieldose_server.config_file` prints a file with every setting, its default and meaning.
+"""
+
+import argparse
+import difflib
+import inspect
+import re
+import tomllib
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from spieldose_server.config import ServerConfig
+from spieldose_server.errors import ConfigError
+
+MEANING = re.compile(r"    (\w+): [^#]*  # (.+)")  # a field of a dataclass, and its comment
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeArguments(ServerConfig):
+    """Serve one 4-bit base and every adapter in a directory over gRPC."""
+
+    config: Path | None = None  # TOML file of these settings; flags override it
+    check: bool = False  # say what is wrong with the settings, serve nothing
+
+
+def with_file(arguments: Sequence[str]) -> list[str]:
+    """Return a command line with the settings of its --config file before its own.
+
+    Raises ConfigError.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config", type=Path, nargs="?")
+    path = parser.parse_known_args(arguments)[0].config
+    return [*arguments] if path is None else [*flags(path), *arguments]
+
+
+def flags(path: Path) -> list[str]:
+    """Return a TOML file's settings as flags. Raises ConfigError."""
+    try:
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: expected a readable TOML file, got: {error}") from error
+    hints = get_type_hints(ServerConfig)
+    known = [field.name for field in fields(ServerConfig)]
+    found = []
+    for name, value in settings.items():
+        if name not in known:
+            raise ConfigError(f"{path}: expected a setting, got {name!r}{_nearest(name, known)}")
+        _check(f"{path}: {name}", value, hints[name])
+        found += [f"--{name.replace('_', '-')}", str(value)]
+    return found
+
+
+def checked(config: ServerConfig) -> str:
+    """Return what a server of these settings would serve. Raises BaseError."""
+    from spieldose_kernels.checkpoint import target_shapes  # heavy
+
+    what = config.base
+    if Path(config.base).is_dir():
+        what += f", {len(target_shapes(Path(config.base)))} target layers"
+    return f"spieldose serve: the settings are right: {what}, on {config.listen}"
+
+
+def template() -> str:
+    """Return a TOML file with every setting, its default and its meaning."""
+    meanings = dict(MEANING.findall(inspect.getsource(ServerConfig)))
+    lines = ["# Every setting of `spieldose serve --config FILE`, with its default.\n"]
+    for field in fields(ServerConfig):
+        required = field.default is MISSING
+        value = '""' if required else _toml(field.default)
+        setting = f"{field.name} = {value}"
+        lines.append(f"# {meanings[field.name]}")
+        lines.append(f"# {setting}  # has to be given\n" if required else f"{setting}\n")
+    return "\n".join(lines)
+
+
+def _check(what: str, value: object, hint: Any) -> None:
+    """Raise ConfigError unless a TOML value is of a setting's type."""
+    if get_origin(hint) is Literal:
+        choices = [str(choice) for choice in get_args(hint)]
+        if value not in choices:
+            near = _nearest(str(value), choices)
+            raise ConfigError(f"{what}: expected one of {', '.join(choices)}, got {value!r}{near}")
+        return
+    kinds: tuple[type, ...] = {int: (int,), float: (int, float)}.get(hint, (str,))
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        expected = {int: "a whole number", float: "a number"}.get(hint, "a string")
+        raise ConfigError(f"{what}: expected {expected}, got {value!r}")
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _toml(value: object) -> str:
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+if __name__ == "__main__":
+    print(template(), end="")
