@@ -22,6 +22,7 @@ from spieldose_server.directory import AdapterDirectory
 from spieldose_server.engine import Engine
 from spieldose_server.errors import ConfigError, EngineStopped
 from spieldose_server.files import AdapterFiles
+from spieldose_server.malformed import RefuseMalformed
 from spieldose_server.residency import Residency
 from spieldose_server.service import InferenceService
 from spieldose_server.store import AdapterStore
@@ -76,6 +77,7 @@ class Server:
         self.port = 0  # known once started
         self._health = aio_health.HealthServicer()
         self._grpc = grpc.aio.server(
+            interceptors=[RefuseMalformed()],
             options=[
                 ("grpc.max_receive_message_length", MESSAGE_BYTES),
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),

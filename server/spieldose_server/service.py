@@ -30,6 +30,7 @@ from spieldose_server.versions import Version
 log = logging.getLogger(__name__)
 
 MAX_TENANT = 128  # characters
+MAX_REQUEST_ID = 128  # the same; every chunk carries it
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +182,10 @@ class InferenceService(rpc.InferenceServicer):
 
     async def _read(self, request: pb.GenerateRequest, *, template: str) -> Asked:
         """Convert and check a request. Raises InvalidRequest."""
+        if (length := len(request.request_id)) > MAX_REQUEST_ID:
+            raise InvalidRequest(
+                "request_id", f"expected at most {MAX_REQUEST_ID} characters, got {length}"
+            )
         sampling = wire.sampling(request.sampling_params)
         field, prompt = wire.prompt(request)
         tokens = await self._prompts.tokens(field, prompt, template=template)
