@@ -1,6 +1,7 @@
 """What a forward pass holds: the engine's own states, read as our requests, and a count of them."""
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState
@@ -29,6 +30,7 @@ class Record:
         self.generated_tokens = 0
         self.cached_tokens = 0  # of prompts, found in the KV cache
         self.recent: deque[Step] = deque(maxlen=4096)
+        self.listener: Callable[[Step], None] = lambda _: None  # told of every pass
 
     def add(self, batch: list[FutureRequestState]) -> None:
         """Count a forward pass over these requests."""
@@ -45,6 +47,7 @@ class Record:
         self.max_requests = max(self.max_requests, step.requests)
         self.generated_tokens += step.requests - step.prefilling
         self.recent.append(step)
+        self.listener(step)
 
 
 def asked(state: RequestState) -> GenerationRequest:

@@ -94,6 +94,11 @@ class Engine:
         allocators = self._manager.batch_processor.cache.cache_allocators.values()
         return sum(len(set().union(*a.block_table.copy().values())) for a in allocators)
 
+    @property
+    def pages(self) -> int:
+        """Return the pages of KV cache there are."""
+        return int(self._manager.batch_processor.cache.num_blocks)
+
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Tokens]:
         """Yield tokens as they are made, all that are ready at once; ends after the last.
 

@@ -9,7 +9,8 @@ again. None has to before it has played.
 
 import asyncio
 import logging
-from collections import OrderedDict
+import time
+from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from contextlib import suppress
@@ -45,7 +46,7 @@ class Residency:
         self._slab = slab
         self._files = files
         self._worker = worker
-        self._host_memory = host_memory
+        self.host_memory = host_memory
         self._changed: Callable[[Version], None] = lambda _: None
         self._dismiss: Callable[[Version], None] = lambda _: None
         self._host: OrderedDict[Version, PackedAdapter] = OrderedDict()  # least recently used first
@@ -56,6 +57,8 @@ class Residency:
         self._turn = asyncio.Lock()  # whoever came first gets room first
         self._freed = asyncio.Event()
         self.evictions = 0
+        self.found = Counter(device=0, host=0, disk=0)  # where versions were when needed
+        self.loaded: Callable[[float], None] = lambda _: None  # told the seconds of every load
 
     def listen(self, changed: Callable[[Version], None]) -> None:
         """Have every new state of a version told."""
@@ -76,6 +79,7 @@ class Residency:
         Raises Superseded if it was replaced or nobody needs it any more; FileChanged, OSError,
         DeltaError or AdapterTooLarge if its file is no use.
         """
+        self.found["device" if version.playable else "host" if version.on_host else "disk"] += 1
         while version.slot is None or version.leaving:
             await _shared(self._loads, version, self._load)
         self._resident.move_to_end(version)
@@ -96,10 +100,10 @@ class Residency:
             )
         version.digest, version.description = content.digest, content.description
         version.nbytes = size
-        if size <= self._host_memory and not version.retired:
+        if size <= self.host_memory and not version.retired:
             self._host[version] = content.packed
             version.on_host = True
-            while self.host_bytes > self._host_memory:
+            while self.host_bytes > self.host_memory:
                 self._forget(next(iter(self._host)))
         self._changed(version)
 
@@ -145,12 +149,14 @@ class Residency:
         return content.packed
 
     async def _load(self, version: Version) -> None:
+        began = time.perf_counter()
         version.awaited = True
         try:
             await self.read(version)  # beside other versions' turns
             async with self._turn:
                 # again, because it may have been evicted since: waiting versions fill no memory
                 await self._place(version, await self.read(version))
+            self.loaded(time.perf_counter() - began)
         finally:
             version.awaited = False
             self._changed(version)

@@ -5,12 +5,14 @@ import contextlib
 import logging
 import signal
 from functools import partial
+from wsgiref.simple_server import WSGIServer
 
 import grpc
 import grpc.aio
 from grpc_health.v1 import _async as aio_health
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from prometheus_client import start_http_server
 
 from spieldose_kernels.base import Base, load_base, pick_compute_dtype, pick_device
 from spieldose_proto import inference_pb2 as pb
@@ -23,6 +25,8 @@ from spieldose_server.engine import Engine
 from spieldose_server.errors import ConfigError, EngineStopped
 from spieldose_server.files import AdapterFiles
 from spieldose_server.malformed import RefuseMalformed
+from spieldose_server.measured import measure
+from spieldose_server.metrics import Metrics
 from spieldose_server.residency import Residency
 from spieldose_server.service import InferenceService
 from spieldose_server.store import AdapterStore
@@ -93,7 +97,11 @@ class Server:
             tenant_tokens_per_second=config.tenant_tokens_per_second,
         )
         self.admission = Admission(limits, residency)
-        inference = InferenceService(base, self.engine, self.store, self.admission, config)
+        self.metrics = Metrics()
+        measure(self.metrics, self.engine, self.store, self.admission)
+        inference = InferenceService(
+            base, self.engine, self.store, self.admission, self.metrics, config
+        )
         rpc.add_InferenceServicer_to_server(inference, self._grpc)
         adapters = AdaptersService(self.store, self.directory)
         rpc.add_AdaptersServicer_to_server(adapters, self._grpc)
@@ -101,6 +109,8 @@ class Server:
         names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._grpc)
         self._watching: asyncio.Task[None] | None = None
+        self._http: WSGIServer | None = None
+        self.metrics_port = 0  # known once started
 
     async def start(self) -> None:
         """Take up the adapters, open the port, report healthy. Raises ConfigError."""
@@ -110,6 +120,7 @@ class Server:
             raise ConfigError(
                 f"expected a free address to listen on, got {self.config.listen}"
             ) from error
+        self._serve_metrics()
         self.engine.start()
         await self.directory.take_up()
         self._watching = asyncio.create_task(self.directory.watch())
@@ -118,6 +129,18 @@ class Server:
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         host = self.config.listen.rpartition(":")[0]
         log.info("listening on %s:%d with %d adapters", host, self.port, len(self.store.list()))
+
+    def _serve_metrics(self) -> None:
+        if not self.config.metrics_listen:
+            return
+        host, _, port = self.config.metrics_listen.rpartition(":")
+        try:
+            self._http, _ = start_http_server(int(port), host, self.metrics.registry)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"metrics_listen: expected a free address, got {self.config.metrics_listen}"
+            ) from error
+        self.metrics_port = self._http.server_port
 
     def check(self) -> None:
         """Raise what ended the directory watch, or EngineStopped, if either is over."""
@@ -135,6 +158,9 @@ class Server:
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.wait([self._watching])
+        if self._http is not None:
+            await asyncio.to_thread(self._http.shutdown)
+            self._http.server_close()
         self._loader.shutdown()
         await asyncio.to_thread(self.engine.stop)
         log.info("stopped")

@@ -19,6 +19,7 @@ from spieldose_server.constraint import Constraint, Grammars
 from spieldose_server.engine import Engine
 from spieldose_server.errors import InvalidRequest
 from spieldose_server.merged import merged
+from spieldose_server.metrics import Metrics, Observed
 from spieldose_server.prompts import Prompts
 from spieldose_server.request import GenerationRequest, fit
 from spieldose_server.sampling_params import MAX_ANSWERS, SamplingParams
@@ -54,6 +55,7 @@ class InferenceService(rpc.InferenceServicer):
         engine: Engine,
         store: AdapterStore,
         admission: Admission,
+        metrics: Metrics,
         config: ServerConfig,
     ) -> None:
         table: Any = base.model.get_input_embeddings()
@@ -62,6 +64,7 @@ class InferenceService(rpc.InferenceServicer):
         self._engine = engine
         self._store = store
         self._admission = admission
+        self._metrics = metrics
         self._prompts = Prompts(
             base.tokenizer, vocabulary=self._vocabulary, max_bytes=config.max_prompt_bytes
         )
@@ -74,15 +77,20 @@ class InferenceService(rpc.InferenceServicer):
     ) -> AsyncIterator[pb.GenerateResponse]:
         """Stream chunks, then one completion."""
         async with answering(context):
-            with self._admission.accept(_tenant(context)) as tenant, ExitStack() as stack:
+            with (
+                self._metrics.request() as observed,
+                self._admission.accept(_tenant(context)) as tenant,
+                ExitStack() as stack,
+            ):
                 count = max(1, min(request.sampling_params.n, MAX_ANSWERS))
                 leases = [
                     stack.enter_context(self._store.lease(request.adapter_id)) for _ in range(count)
                 ]
                 held = leases[0].version if leases[0] else None
+                observed.plays(held.name if held else "")
                 asked = await self._read(request, template=_template(held))
                 answers = [
-                    self._answer(tenant, lease, request, asked, index)
+                    self._answer(tenant, lease, request, asked, index, observed)
                     for index, lease in enumerate(leases)
                 ]
                 async with aclosing(merged(answers)) as responses:
@@ -96,12 +104,14 @@ class InferenceService(rpc.InferenceServicer):
         request: pb.GenerateRequest,
         asked: Asked,
         index: int,
+        observed: Observed,
     ) -> AsyncGenerator[pb.GenerateResponse]:
         """Wait for a turn; yield an answer's chunks as its tokens come, then its completion."""
         began = time.perf_counter()
         async with self._admission.turn(tenant, lease, tokens=len(asked.tokens)) as turn:
             if _template(turn.version) != asked.template:  # replaced while it waited
                 asked = await self._read(request, template=_template(turn.version))
+            observed.began(len(asked.tokens))
             generation = GenerationRequest(
                 id=secrets.token_hex(8),
                 tokens=asked.tokens,
@@ -114,6 +124,8 @@ class InferenceService(rpc.InferenceServicer):
             )
             async with aclosing(self._play(generation, turn)) as responses:
                 async for response in responses:
+                    if tokens := len(response.chunk.token_ids):
+                        observed.got(index, tokens)
                     response.request_id, response.index = asked.id, index
                     yield response
         log.info(

@@ -6,6 +6,7 @@ publishes a new one, and the old one leaves when the last request that plays it 
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
 
@@ -45,6 +46,11 @@ class AdapterStore:
         """Return every version the server knows, by name."""
         known = [*self._current.values(), *self._newer.values(), *self._draining]
         return sorted(known, key=lambda version: version.name)
+
+    def states(self) -> dict[str, float]:
+        """Return how many versions are in each state."""
+        count = Counter(version.state for version in self.list())
+        return {state.value: count[state] for state in State}
 
     def get(self, adapter_id: str) -> Version:
         """Return the version to show for a name, or NAME@DIGEST. Raises UnknownAdapter."""
