@@ -1,4 +1,4 @@
-"""Several streams as one."""
+"""Several streams as one, ahead of whoever reads it."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
@@ -11,13 +11,9 @@ T = TypeVar("T")
 async def merged(streams: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[T]:
     """Yield what all streams yield, as it comes; ends with the last, or with the first error.
 
+    The streams do not wait for the reader: one that reads slowly keeps none of them from its end.
     However it ends, all streams are closed by then.
     """
-    if len(streams) == 1:
-        async with aclosing(streams[0]) as stream:
-            async for item in stream:
-                yield item
-        return
     items: asyncio.Queue[T | Exception | None] = asyncio.Queue()
 
     async def follow(stream: AsyncGenerator[T]) -> None:
