@@ -6,6 +6,7 @@ spin between products. PyTorch's OpenMP runtime takes any function, so the work 
 
 import ctypes
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numba
@@ -16,12 +17,28 @@ from numba import types
 from numba.extending import intrinsic
 
 # sums may be reordered and fused, but NaN and infinity stay what they are
-compiled = numba.njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz", "arcp"})
+_compile = numba.njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz", "arcp"})
 
 _runtime = ctypes.CDLL(None)  # PyTorch loads its OpenMP runtime for the whole process to see
 _SHARED = hasattr(_runtime, "GOMP_parallel")  # GNU's entry points; without them one thread works
 _thread_number = types.ExternalFunction("omp_get_thread_num", types.int32())
 _team_size = types.ExternalFunction("omp_get_num_threads", types.int32())
+
+
+def compiled(function: Any) -> Any:
+    """Compile a function at its first call, and keep the code for later processes if that works.
+
+    A full disk is no reason not to run what was just compiled.
+    """
+    dispatcher = _compile(function)
+    keep = dispatcher._cache.save_overload
+
+    def keep_if_it_works(*arguments: Any) -> None:
+        with suppress(OSError):
+            keep(*arguments)
+
+    dispatcher._cache.save_overload = keep_if_it_works
+    return dispatcher
 
 
 class Work:
