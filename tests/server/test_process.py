@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -33,16 +34,18 @@ def adapters(tmp_path: Path, make_adapter) -> Path:
 
 
 @contextmanager
-def process(base: Path, adapters: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def process(
+    base: Path, adapters: Path, *options: str, **settings: Any
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     command = [COMMAND, "serve", "--base", base, "--adapters", adapters, "--listen", address]
-    command += ["--compute-dtype", "float32", "--kv-tokens", "4096"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+    command += ["--compute-dtype", "float32", "--kv-tokens", "4096", *options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **settings) as server:
         try:
             with Client(address) as client:
-                client.wait(60)
+                client.wait(120)
             yield server, address
         finally:
             server.kill()
