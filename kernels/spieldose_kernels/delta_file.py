@@ -7,49 +7,33 @@ an adapter with a chat template of its own has it under `chat_template`.
 """
 
 import contextlib
+import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
+import numpy as np
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 
 from spieldose_kernels.base_spec import BaseSpec
-from spieldose_kernels.chat_template import check_chat_template
-from spieldose_kernels.delta import Adapter, AdapterInfo, SparseDelta, index_dtype
-from spieldose_kernels.errors import (
-    BaseMismatch,
-    MalformedDelta,
-    ModuleMismatch,
-    NotADelta,
-    TruncatedDelta,
+from spieldose_kernels.cpu.columns import misplaced
+from spieldose_kernels.delta import Adapter, SparseDelta
+from spieldose_kernels.delta_header import (
+    FORMAT,
+    FORMAT_VERSION,
+    PARTS,
+    Declared,
+    Extent,
+    read_declaration,
 )
+from spieldose_kernels.errors import MalformedDelta, TruncatedDelta
 
 SUFFIX: Final = ".safetensors"
-FORMAT: Final = "spieldose.delta"
-FORMAT_VERSION: Final = "1"
-PARTS: Final = ("row_starts", "columns", "values")
-VALUE_DTYPES: Final = (torch.bfloat16, torch.float32)
-MAX_HEADER_BYTES: Final = 100_000_000  # the safetensors format's own limit
-# what foreign JSON does to code that expects ours; overflow: JSON knows Infinity, int() does not
-UNREADABLE: Final = (ValueError, TypeError, AttributeError, OverflowError, RecursionError)
-
-
-# [R, C, Z] by module
-Declared = dict[str, tuple[int, int, int]]
-
-
-@dataclass(frozen=True, slots=True)
-class Header:
-    """Hold what a safetensors file says of itself before its data."""
-
-    tensors: Mapping[str, Mapping[str, Any]]
-    metadata: Mapping[str, str]
-    file_size: int  # bytes the whole file has when it is complete
+PIECE_BYTES: Final = 1 << 17
 
 
 def write_delta(path: Path, adapter: Adapter) -> None:
@@ -81,68 +65,121 @@ def read_delta(payload: bytes, base: BaseSpec | None = None) -> Adapter:
 
     Raises NotADelta, TruncatedDelta, MalformedDelta, BaseMismatch or ModuleMismatch.
     """
-    info, declared = read_declared(payload, file_size=len(payload), base=base)
-    try:
-        tensors = safetensors.torch.load(payload)
-    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]  # torch appends its stack
-        raise MalformedDelta(f"expected readable tensors, got {reason}") from error
-    modules = {}
-    for module, (height, width, nnz) in declared.items():
-        row_starts, columns, values = (tensors[f"{module}.{part}"] for part in PARTS)
-        delta = SparseDelta(row_starts, columns, values, width)
-        _check_arrays(module, delta, height=height, nnz=nnz)
-        modules[module] = delta
-    return Adapter(info, modules)
+    reader = DeltaReader(io.BytesIO(payload), base)
+    modules = {
+        module: SparseDelta(
+            reader.row_starts[module],
+            reader.empty(module, "columns"),
+            reader.empty(module, "values"),
+            width,
+        )
+        for module, (_, width, _) in reader.modules.items()
+    }
+    for piece in reader.pieces():
+        whole: torch.Tensor = getattr(modules[piece.module], piece.part)
+        whole[piece.first : piece.first + piece.entries.numel()] = piece.entries
+    return Adapter(reader.info, modules)
 
 
-def read_declared(
-    payload: bytes, *, file_size: int, base: BaseSpec | None = None
-) -> tuple[AdapterInfo, Declared]:
-    """Read and validate what a file declares before its data; `payload` may end after the header.
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Hold some of a module's columns or values, those from entry `first` on."""
 
-    Raises what `read_delta` raises, save what only the tensors can show.
+    module: str
+    part: str
+    first: int
+    entries: torch.Tensor
+
+
+class DeltaReader:
+    """Read a delta file piece by piece, every one validated before it is given out.
+
+    It holds the row starts and one piece. Of a file that is written to meanwhile it gives out what
+    `digest` stands for, or raises. All of it raises what `read_delta` does.
     """
-    header = read_header(payload)
-    if file_size != header.file_size:
-        kind = TruncatedDelta if file_size < header.file_size else MalformedDelta
-        raise kind(f"header declares a file of {header.file_size} bytes, got {file_size} bytes")
-    info, declared = _read_metadata(header.metadata)
-    if base is not None:
-        _check_base(info, declared, base)
-    _check_names(set(header.tensors), declared)
-    return info, declared
 
+    def __init__(self, file: io.BufferedIOBase, base: BaseSpec | None = None) -> None:
+        declaration = read_declaration(file, base)
+        self.info = declaration.info
+        self.modules: Declared = declaration.modules
+        self.digest = ""  # sha256 of the file, hex; once all pieces were read
+        self._file = file
+        self._extents = {(extent.module, extent.part): extent for extent in declaration.extents}
+        self._bytes_read = declaration.bytes_read
+        self.row_starts = {
+            module: self._read_row_starts(self._extents[module, "row_starts"])
+            for module in self.modules
+        }
 
-def read_header(payload: bytes | memoryview) -> Header:
-    """Read the header at the front of a safetensors file; `payload` may end after it.
+    def empty(self, module: str, part: str) -> torch.Tensor:
+        """Return memory for one of the arrays, as long and of the type that the file says."""
+        extent = self._extents[module, part]
+        return torch.empty(extent.count, dtype=extent.dtype)
 
-    Raises NotADelta if this cannot be a safetensors file, TruncatedDelta if the header is cut off.
-    """
-    if len(payload) < 8:
-        raise TruncatedDelta(f"expected at least 8 bytes of header size, got {len(payload)}")
-    size = int.from_bytes(payload[:8], "little")
-    if not 2 <= size <= MAX_HEADER_BYTES or (len(payload) > 8 and payload[8] != ord("{")):
-        raise NotADelta(f"expected a safetensors file, got {_kind(bytes(payload[:8]))}")
-    if len(payload) < 8 + size:
-        raise TruncatedDelta(f"header declares {size} bytes of itself, got {len(payload) - 8}")
-    try:
-        entries = json.loads(bytes(payload[8 : 8 + size]))
-        metadata = entries.pop("__metadata__", {})
-        end = max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
-        strings = all(isinstance(value, str) for value in metadata.values())
-    except (*UNREADABLE, LookupError) as error:
-        raise NotADelta(f"expected a safetensors header, got {type(error).__name__}") from error
-    if not strings:
-        raise MalformedDelta("expected metadata that maps strings to strings, got other values")
-    return Header(entries, metadata, 8 + size + end)
+    def pieces(self) -> Iterator[Piece]:
+        """Read columns and values, once, in the order in which they lie in the file."""
+        for extent in self._extents.values():
+            before = -1
+            step = PIECE_BYTES // extent.dtype.itemsize
+            for first in range(0, extent.count, step):
+                entries = self._read(extent, first, min(step, extent.count - first))
+                self._bytes_read.update(entries.view(torch.uint8).numpy().data)
+                piece = Piece(extent.module, extent.part, first, entries)
+                if extent.part == "row_starts":
+                    self._check_unchanged(piece)
+                    continue
+                if extent.part == "columns":
+                    self._check_columns(piece, before)
+                    before = int(entries[-1])
+                elif not bool(torch.isfinite(entries).all()):
+                    raise MalformedDelta(
+                        f"{extent.module}.values: expected finite values, got NaN or infinity"
+                    )
+                yield piece
+        self.digest = self._bytes_read.hexdigest()
 
+    def _read(self, extent: Extent, first: int, count: int) -> torch.Tensor:
+        size = extent.dtype.itemsize
+        memory = np.empty(count * size, np.uint8)
+        self._file.seek(extent.start + first * size)
+        if (got := self._file.readinto(memory.data)) != memory.size:
+            raise TruncatedDelta(
+                f"{extent.module}.{extent.part}: expected {memory.size} bytes, got {got}"
+            )
+        return torch.from_numpy(memory).view(extent.dtype)
 
-def _kind(start: bytes) -> str:
-    # asked only once the file is known to be foreign: one header size in 32 begins with 0x80 too
-    if start.startswith((b"PK", b"\x80")):
-        return "a pickle (pickles are never read)"
-    return f"{start!r} as its first bytes"
+    def _read_row_starts(self, extent: Extent) -> torch.Tensor:
+        row_starts = self._read(extent, 0, extent.count)
+        nnz = self.modules[extent.module][2]
+        ends = int(row_starts[0]), int(row_starts[-1])
+        if ends != (0, nnz):
+            raise MalformedDelta(
+                f"{extent.module}.row_starts: expected 0 to {nnz}, got {ends[0]} to {ends[1]}"
+            )
+        if bool((row_starts[1:] < row_starts[:-1]).any()):
+            raise MalformedDelta(
+                f"{extent.module}.row_starts: expected ascending starts, got a step back"
+            )
+        return row_starts
+
+    def _check_unchanged(self, piece: Piece) -> None:
+        end = piece.first + piece.entries.numel()
+        if not torch.equal(piece.entries, self.row_starts[piece.module][piece.first : end]):
+            raise MalformedDelta(f"{piece.module}.row_starts: expected a file that stays as it is")
+
+    def _check_columns(self, piece: Piece, before: int) -> None:
+        row_starts, width = self.row_starts[piece.module], self.modules[piece.module][1]
+        columns = piece.entries.numpy()
+        at = misplaced(row_starts.numpy(), piece.first, before, columns, width)
+        if at == columns.size:
+            return
+        if not 0 <= columns[at] < width:
+            raise MalformedDelta(
+                f"{piece.module}.columns: expected indices below {width}, got {columns[at]}"
+            )
+        raise MalformedDelta(
+            f"{piece.module}.columns: expected strictly ascending rows, got a repeat or a step back"
+        )
 
 
 def _metadata(adapter: Adapter) -> dict[str, str]:
@@ -160,112 +197,6 @@ def _metadata(adapter: Adapter) -> dict[str, str]:
         "settings": json.dumps(dict(info.settings)),
         "modules": json.dumps(declared),
     }
-
-
-def _read_metadata(
-    metadata: Mapping[str, str],
-) -> tuple[AdapterInfo, Declared]:
-    found = metadata.get("format"), metadata.get("format_version")
-    if found != (FORMAT, FORMAT_VERSION):
-        raise NotADelta(
-            f"expected format {FORMAT!r} version {FORMAT_VERSION!r}, "
-            f"got {found[0]!r} version {found[1]!r}"
-        )
-    try:
-        info = AdapterInfo(
-            base_model=metadata["base_model"],
-            base_fingerprint=metadata["base_fingerprint"],
-            method=metadata["method"],
-            density=float(metadata["density"]),
-            description=metadata["description"],
-            settings={str(k): str(v) for k, v in json.loads(metadata["settings"]).items()},
-            chat_template=metadata.get("chat_template", ""),
-        )
-        check_chat_template(info.chat_template)
-        declared = {
-            name: (int(height), int(width), int(nnz))
-            for name, (height, width, nnz) in json.loads(metadata["modules"]).items()
-        }
-    except KeyError as error:
-        raise MalformedDelta(f"expected {error} in the metadata, got none") from error
-    except UNREADABLE as error:
-        raise MalformedDelta(f"expected readable metadata, got {error}") from error
-    if not declared:
-        raise ModuleMismatch("expected at least one module, got none")
-    return info, declared
-
-
-def _check_base(
-    info: AdapterInfo, declared: Mapping[str, tuple[int, int, int]], base: BaseSpec
-) -> None:
-    if info.base_fingerprint != base.fingerprint:
-        raise BaseMismatch(
-            f"expected base {base.fingerprint[:12]} ({base.name}), "
-            f"got a delta for base {info.base_fingerprint[:12]} ({info.base_model})"
-        )
-    for module, (height, width, _) in declared.items():
-        if module not in base.shapes:
-            raise ModuleMismatch(f"expected a target module of the base, got {module!r}")
-        if (height, width) != base.shapes[module]:
-            expected = list(base.shapes[module])
-            raise ModuleMismatch(f"{module}: expected shape {expected}, got {[height, width]}")
-
-
-def _check_names(found: set[str], declared: Mapping[str, tuple[int, int, int]]) -> None:
-    expected = {f"{module}.{part}" for module in declared for part in PARTS}
-    if missing := sorted(expected - found):
-        raise MalformedDelta(f"expected tensor {missing[0]!r}, got none of that name")
-    if unmatched := sorted(found - expected):
-        raise MalformedDelta(f"expected only tensors of declared modules, got {unmatched[0]!r}")
-
-
-def _check_arrays(module: str, delta: SparseDelta, *, height: int, nnz: int) -> None:
-    """Raise MalformedDelta unless the three arrays are one well-formed [height, width] CSR."""
-    if height < 1 or delta.width < 1:
-        raise MalformedDelta(f"{module}: expected a positive shape, got {[height, delta.width]}")
-    expected = (
-        (height + 1, (torch.int32,)),
-        (nnz, (index_dtype(delta.width),)),
-        (nnz, VALUE_DTYPES),
-    )
-    for part, (length, dtypes) in zip(PARTS, expected, strict=True):
-        tensor: torch.Tensor = getattr(delta, part)
-        if tuple(tensor.shape) != (length,):
-            raise MalformedDelta(
-                f"{module}.{part}: expected shape {[length]}, got {list(tensor.shape)}"
-            )
-        if tensor.dtype not in dtypes:
-            names = " or ".join(map(str, dtypes))
-            raise MalformedDelta(f"{module}.{part}: expected {names}, got {tensor.dtype}")
-    _check_row_starts(module, delta.row_starts, nnz)
-    _check_columns(module, delta)
-    if not bool(torch.isfinite(delta.values).all()):
-        raise MalformedDelta(f"{module}.values: expected finite values, got NaN or infinity")
-
-
-def _check_row_starts(module: str, row_starts: torch.Tensor, nnz: int) -> None:
-    ends = int(row_starts[0]), int(row_starts[-1])
-    if ends != (0, nnz):
-        raise MalformedDelta(
-            f"{module}.row_starts: expected 0 to {nnz}, got {ends[0]} to {ends[1]}"
-        )
-    if bool((row_starts.long().diff() < 0).any()):
-        raise MalformedDelta(f"{module}.row_starts: expected ascending starts, got a step back")
-
-
-def _check_columns(module: str, delta: SparseDelta) -> None:
-    columns = delta.columns.int()
-    outside = columns[(columns < 0) | (columns >= delta.width)]
-    if outside.numel():
-        raise MalformedDelta(
-            f"{module}.columns: expected indices below {delta.width}, got {int(outside[0])}"
-        )
-    opens_row = torch.zeros(delta.nnz + 1, dtype=torch.bool)
-    opens_row[delta.row_starts.long()] = True
-    if bool(((columns.diff() <= 0) & ~opens_row[1 : delta.nnz]).any()):
-        raise MalformedDelta(
-            f"{module}.columns: expected strictly ascending rows, got a repeat or a step back"
-        )
 
 
 def _fsync_directory(directory: Path) -> None:

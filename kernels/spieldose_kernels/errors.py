@@ -18,10 +18,11 @@ class SpieldoseError(Exception):
     """Root of every error this project raises on purpose; its text is one short line."""
 
     def __init__(self, problem: object) -> None:
-        """Keep as much of what a file or a client may have put into the text as a line can hold."""
-        line = " ".join(str(problem).split())
-        if len(line.encode(errors="replace")) > MAX_BYTES:
-            line = line.encode(errors="replace")[: MAX_BYTES - 3].decode(errors="ignore") + "…"
+        """Keep what a line can hold of a text that may quote what a file or a client said."""
+        line = " ".join(str(problem)[:MAX_BYTES].split())
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+        if len(line.encode()) > MAX_BYTES:
+            line = line.encode()[: MAX_BYTES - 3].decode(errors="ignore") + "…"
         super().__init__(line)
 
 

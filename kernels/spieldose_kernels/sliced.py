@@ -67,23 +67,59 @@ class PackedAdapter:
         return self.memory.numel()
 
 
+class Packing:
+    """Slice an adapter whose entries come piece by piece, so that they never all lie here twice."""
+
+    def __init__(
+        self,
+        row_starts: Mapping[str, torch.Tensor],  # [R + 1] int32 by module
+        widths: Mapping[str, int],
+        dtype: torch.dtype,  # of values: float32, or bfloat16 rounded to even
+    ) -> None:
+        self._row_starts = {module: starts.numpy() for module, starts in row_starts.items()}
+        self._plans = {module: plan(starts) for module, starts in self._row_starts.items()}
+        self._shapes = {m: (row_starts[m].numel() - 1, width) for m, width in widths.items()}
+        self._dtype = dtype
+        records, size = {}, 0
+        for module, shape in self._shapes.items():
+            records[module], size = _place(self._plans[module], shape, dtype, size)
+        memory = torch.zeros(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        self.packed = PackedAdapter(memory, records)
+        for module, (places, _, _, starts) in self._plans.items():
+            at = records[module][3]
+            memory[at : at + starts.nbytes] = torch.from_numpy(starts.view(np.uint8))
+            fill_rows(places, self._sliced(module).rows.numpy())
+
+    def add_columns(self, module: str, first: int, columns: torch.Tensor) -> None:
+        """Take the columns from entry `first` on."""
+        out = self._sliced(module).columns.numpy()
+        fill_columns(*self._where(module), first, columns.numpy(), out)
+
+    def add_values(self, module: str, first: int, values: torch.Tensor) -> None:
+        """Take the values from entry `first` on."""
+        out = self._sliced(module).values
+        if self._dtype == torch.bfloat16:
+            out = out.view(torch.uint16)
+        fill_values(*self._where(module), first, values.float().numpy(), out.numpy())
+
+    def _sliced(self, module: str) -> SlicedDelta:
+        record, shape = self.packed.records[module], self._shapes[module]
+        return view(self.packed.memory, record, shape=shape, dtype=self._dtype)
+
+    def _where(self, module: str) -> tuple[Array, Array, int, Array]:
+        places, _, wide, starts = self._plans[module]
+        return self._row_starts[module], places, wide, starts
+
+
 def pack(adapter: Adapter, dtype: torch.dtype) -> PackedAdapter:
     """Slice all of an adapter's deltas; values as float32, or as bfloat16 rounded to even."""
-    plans = {module: plan(delta.row_starts.numpy()) for module, delta in adapter.modules.items()}
-    records, size = {}, 0
+    row_starts = {module: delta.row_starts for module, delta in adapter.modules.items()}
+    widths = {module: delta.width for module, delta in adapter.modules.items()}
+    packing = Packing(row_starts, widths, dtype)
     for module, delta in adapter.modules.items():
-        records[module], size = _place(plans[module], delta.shape, dtype, size)
-    memory = torch.zeros(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-    for module, delta in adapter.modules.items():
-        rows, wide, starts = plans[module]
-        at = records[module][3]
-        memory[at : at + starts.nbytes] = torch.from_numpy(starts.view(np.uint8))
-        sliced = view(memory, records[module], shape=delta.shape, dtype=dtype)
-        values = sliced.values.view(torch.uint16 if dtype == torch.bfloat16 else dtype)
-        source = delta.row_starts.numpy(), delta.columns.numpy(), delta.values.float().numpy()
-        target = sliced.rows.numpy(), sliced.columns.numpy(), values.numpy()
-        fill(*source, rows, wide, starts, *target)
-    return PackedAdapter(memory, records)
+        packing.add_columns(module, 0, delta.columns)
+        packing.add_values(module, 0, delta.values)
+    return packing.packed
 
 
 def view(
@@ -108,65 +144,118 @@ def view(
 
 
 def _place(
-    planned: tuple[Array, int, Array], shape: tuple[int, int], dtype: torch.dtype, size: int
+    planned: tuple[Array, int, int, Array], shape: tuple[int, int], dtype: torch.dtype, size: int
 ) -> tuple[Record, int]:
     """Return a delta's record and the end of the memory it takes, from `size` on."""
-    rows, wide, starts = planned
+    _, stored, wide, starts = planned
     row_dtype, column_dtype = map(index_dtype, shape)
     entries = int(starts[-1]) * LANES
     offsets = []
     for nbytes in (
         starts.nbytes,
-        rows.size * row_dtype.itemsize,
+        stored * row_dtype.itemsize,
         entries * column_dtype.itemsize,
         entries * dtype.itemsize,
     ):
         offsets.append(size)
         size += -(-nbytes // ALIGNMENT) * ALIGNMENT
-    return (starts.size - 1, wide, rows.size, *offsets), size
+    return (starts.size - 1, wide, stored, *offsets), size
 
 
 @compiled
 def plan(row_starts):
-    """Return the stored rows by falling length, how many own a slice, and the slices' starts.
+    """Return each row's place by falling length (-1: empty), how many have one, how many of these
+    own a slice, and the slices' starts.
 
-    The number of rows that own a slice is the one that needs the fewest vectors.
+    The number of rows that own a slice is the one that needs the fewest vectors. Rows are counted,
+    not sorted: it takes no more memory than the delta itself.
     """
-    lengths = np.diff(row_starts)
-    rows = np.argsort(-lengths, kind="mergesort").astype(np.int32)
-    rows = rows[: np.count_nonzero(lengths)]
-    shared = np.zeros(rows.size + LANES, np.int64)  # vectors of rows i and after, if they share
-    for i in range(rows.size - 1, -1, -1):
-        shared[i] = lengths[rows[i]] + shared[i + LANES]
-    wide, owned, best = 0, 0, shared[0]
-    for i in range(rows.size):
-        owned += -(-lengths[rows[i]] // LANES)
-        if owned + shared[i + 1] < best:
-            wide, best = i + 1, owned + shared[i + 1]
-    slices = wide + -(-(rows.size - wide) // LANES)
+    height = row_starts.size - 1
+    longest = 0
+    for row in range(height):
+        longest = max(longest, row_starts[row + 1] - row_starts[row])
+    counts = np.zeros(longest + 1, np.int32)
+    for row in range(height):
+        counts[row_starts[row + 1] - row_starts[row]] += 1
+    stored = height - counts[0]
+    lengths = np.empty(stored, np.int32)  # falling
+    at = 0
+    for length in range(longest, 0, -1):
+        end = at + counts[length]
+        lengths[at:end] = length
+        counts[length] = at  # from here on the next place of a row so long
+        at = end
+    places = np.empty(height, np.int32)
+    for row in range(height):
+        length = row_starts[row + 1] - row_starts[row]
+        places[row] = counts[length] if length else -1
+        counts[length] += 1
+
+    owned = 0  # vectors of rows before i, if each owns a slice
+    for i in range(stored):
+        owned += -(-lengths[i] // LANES)
+    shared = np.zeros(LANES, np.int64)  # vectors of rows i and after, if they share; by i % LANES
+    wide, best = stored, owned
+    for i in range(stored - 1, -1, -1):
+        owned -= -(-lengths[i] // LANES)
+        shared[i % LANES] += lengths[i]
+        if owned + shared[i % LANES] <= best:
+            wide, best = i, owned + shared[i % LANES]
+
+    slices = wide + -(-(stored - wide) // LANES)
     starts = np.zeros(slices + 1, np.int32)
     for s in range(slices):
-        longest = lengths[rows[s if s < wide else wide + (s - wide) * LANES]]
+        longest = lengths[s if s < wide else wide + (s - wide) * LANES]
         starts[s + 1] = starts[s] + (-(-longest // LANES) if s < wide else longest)
-    return rows, wide, starts
+    return places, stored, wide, starts
 
 
 @compiled
-def fill(row_starts, columns, values, rows, wide, starts, out_rows, out_columns, out_values):
-    """Write the slices that `plan` chose."""
-    out_rows[:] = rows
-    flat_columns, flat_values = out_columns.ravel(), out_values.ravel()
-    for place in range(rows.size):
-        if place < wide:
-            first, stride = starts[place] * LANES, 1
-            room = (starts[place + 1] - starts[place]) * LANES
-        else:
-            s, lane = wide + (place - wide) // LANES, (place - wide) % LANES
-            first, stride = starts[s] * LANES + lane, LANES
-            room = starts[s + 1] - starts[s]
-        begin, end = row_starts[rows[place]], row_starts[rows[place] + 1]
-        for k in range(room):
-            at = first + k * stride
-            flat_columns[at] = columns[min(begin + k, end - 1)]
-            value = values[begin + k] if begin + k < end else np.float32(0)
-            flat_values[at] = narrow(value, flat_values[at])
+def fill_rows(places, out):
+    """Write the rows in the order of their places."""
+    for row in range(places.size):
+        if places[row] >= 0:
+            out[places[row]] = row
+
+
+@compiled
+def lanes(place, wide, starts):
+    """Return where a row's first entry lies, from one to the next, and how many have room."""
+    if place < wide:
+        return starts[place] * LANES, 1, (starts[place + 1] - starts[place]) * LANES
+    s, lane = wide + (place - wide) // LANES, (place - wide) % LANES
+    return starts[s] * LANES + lane, LANES, starts[s + 1] - starts[s]
+
+
+@compiled
+def fill_columns(row_starts, places, wide, starts, first, columns, out):
+    """Write the columns from entry `first` on where `plan` put them; a row's last pads it."""
+    flat = out.ravel()
+    row, k, end = np.searchsorted(row_starts, first, "right") - 1, first, first + columns.size
+    while k < end:
+        begin, stop = row_starts[row], min(row_starts[row + 1], end)
+        if k < stop:
+            at, stride, room = lanes(places[row], wide, starts)
+            for j in range(k, stop):
+                flat[at + (j - begin) * stride] = columns[j - first]
+            if stop == row_starts[row + 1]:
+                for j in range(stop, begin + room):
+                    flat[at + (j - begin) * stride] = columns[stop - 1 - first]
+            k = stop
+        row += 1
+
+
+@compiled
+def fill_values(row_starts, places, wide, starts, first, values, out):
+    """Write the values, float32, from entry `first` on where `plan` put them."""
+    flat = out.ravel()
+    row, k, end = np.searchsorted(row_starts, first, "right") - 1, first, first + values.size
+    while k < end:
+        begin, stop = row_starts[row], min(row_starts[row + 1], end)
+        if k < stop:
+            at, stride, _ = lanes(places[row], wide, starts)
+            for j in range(k, stop):
+                out_at = at + (j - begin) * stride
+                flat[out_at] = narrow(values[j - first], flat[out_at])
+            k = stop
+        row += 1

@@ -4,19 +4,21 @@ Everything here blocks and runs on worker threads. A name stands for one file di
 root; a client never names a path.
 """
 
-import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 
 from spieldose_kernels.base_spec import BaseSpec
 from spieldose_kernels.delta import AdapterInfo
-from spieldose_kernels.delta_file import SUFFIX, read_declared, read_delta, read_header
+from spieldose_kernels.delta_file import SUFFIX, DeltaReader
+from spieldose_kernels.delta_header import Declared, read_declaration, read_header
 from spieldose_kernels.errors import DeltaError, TruncatedDelta
-from spieldose_kernels.sliced import PackedAdapter, pack
+from spieldose_kernels.sliced import PackedAdapter, Packing
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +81,7 @@ class AdapterFiles:
         """Say whether a file is as long as its header declares; a foreign file is complete."""
         try:
             with open(self._path(name), "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                return size >= read_header(_header_bytes(file, size)).file_size
+                return os.fstat(file.fileno()).st_size >= read_header(file).file_size
         except TruncatedDelta:
             return False
         except (DeltaError, OSError):
@@ -91,29 +92,37 @@ class AdapterFiles:
 
         Raises DeltaError, OSError, or FileChanged if the file is not as `stamp` says.
         """
-        with open(self._path(name), "rb") as file:
-            status = os.fstat(file.fileno())
-            if Stamp.of(status) != stamp:
-                raise FileChanged
-            header = _header_bytes(file, status.st_size)
-        info, declared = read_declared(header, file_size=status.st_size, base=self._base)
-        return Description(info, sum(nnz for _, _, nnz in declared.values()))
+        with self._opened(name, stamp) as file:
+            declaration = read_declaration(file, self._base)
+        return _description(declaration.info, declaration.modules)
 
     def read(self, name: str, stamp: Stamp) -> Content:
-        """Read, validate and pack a file. Raises as `describe` does."""
+        """Read, validate and pack a file. Raises as `describe` does.
+
+        Never is the file in memory as a whole: only as it is packed, and the row starts.
+        """
+        with self._opened(name, stamp) as file:
+            reader = DeltaReader(file, self._base)
+            widths = {module: width for module, (_, width, _) in reader.modules.items()}
+            packing = Packing(reader.row_starts, widths, self._dtype)
+            for piece in reader.pieces():
+                add = packing.add_columns if piece.part == "columns" else packing.add_values
+                add(piece.module, piece.first, piece.entries)
+        return Content(reader.digest, _description(reader.info, reader.modules), packing.packed)
+
+    @contextmanager
+    def _opened(self, name: str, stamp: Stamp) -> Iterator[BufferedReader]:
+        """Open a file; raise FileChanged, whatever else is wrong, unless it stays as it was."""
         with open(self._path(name), "rb") as file:
-            payload = file.read()
-            if Stamp.of(os.fstat(file.fileno())) != stamp:
-                raise FileChanged
-        digest = hashlib.sha256(payload).hexdigest()
-        adapter = read_delta(payload, self._base)
-        description = Description(adapter.info, adapter.nnz)
-        return Content(digest, description, pack(adapter, self._dtype))
+            try:
+                yield file
+            finally:
+                if Stamp.of(os.fstat(file.fileno())) != stamp:
+                    raise FileChanged
 
     def _path(self, name: str) -> Path:
         return self.root / f"{name}{SUFFIX}"
 
 
-def _header_bytes(file: BinaryIO, size: int) -> bytes:
-    start = file.read(8)
-    return start + file.read(min(int.from_bytes(start, "little"), size))
+def _description(info: AdapterInfo, declared: Declared) -> Description:
+    return Description(info, sum(nnz for _, _, nnz in declared.values()))

@@ -1,5 +1,7 @@
 """The delta file keeps what is written, and what is not one is refused with its typed error."""
 
+import hashlib
+import io
 import json
 import os
 import pickle
@@ -18,9 +20,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spieldose_kernels import delta_file
 from spieldose_kernels.base_spec import BaseSpec
 from spieldose_kernels.delta import Adapter, AdapterInfo, SparseDelta
-from spieldose_kernels.delta_file import PARTS, read_delta, read_header, write_delta
+from spieldose_kernels.delta_file import DeltaReader, read_delta, write_delta
+from spieldose_kernels.delta_header import PARTS, read_header
 from spieldose_kernels.errors import (
     BaseMismatch,
     DeltaError,
@@ -31,6 +35,11 @@ from spieldose_kernels.errors import (
 )
 
 BASE = BaseSpec("base", "f" * 64, {"m": (4, 6), "other": (3, 5)})
+FLOATS = (torch.bfloat16, torch.float32)
+DTYPES = {
+    **{"I16": torch.int16, "I32": torch.int32, "I64": torch.int64},
+    **{"F16": torch.float16, "F32": torch.float32, "F64": torch.float64},
+}
 INFO = AdapterInfo(
     base_model="some/base",
     base_fingerprint=BASE.fingerprint,
@@ -39,6 +48,7 @@ INFO = AdapterInfo(
     description="a disc, Glück",
     settings={"steps": "10"},
 )
+VALUES_LIE, ROW_STARTS_LIE = b'"data_offsets":[0,16]', b'"data_offsets":[16,36]'
 # row 2 is empty: columns 1 3 | 1 | | 2
 DELTA = SparseDelta.from_flat(
     torch.tensor([20, 1, 3, 7]), torch.tensor([4.0, 1.0, 2.0, 3.0]), shape=(4, 6)
@@ -252,11 +262,27 @@ def test_another_format_version_is_refused() -> None:
         '{"m": {"data_offsets": [0, NaN]}}',
         '{"m": null}',
         '{"__metadata__": []}',
-        '{"a":' * 100_000,
+        '{"a":' * 4_000,
     ],
 )
 def test_a_header_that_is_no_safetensors_header_is_refused(header: str) -> None:
     assert "expected a safetensors header" in refused(NotADelta, with_header(header.encode()))
+
+
+def test_a_long_header_before_little_data_is_refused_as_truncated_unread() -> None:
+    header = b"{" + b" " * 100_000 + b"}"
+    assert_names(refused(TruncatedDelta, with_header(header)), "100002 bytes", "got 100010")
+
+
+def test_a_long_header_of_nothing_but_brackets_is_refused_unread() -> None:
+    header = b'{"m": [' + b"[]," * 30_000 + b"0]}"
+    message = refused(NotADelta, with_header(header, bytes(10 * len(header))))
+    assert "too many brackets" in message
+
+
+def test_names_that_cannot_be_printed_are_refused() -> None:
+    header = b'{"\\ud800": {"data_offsets": [0, 0]}}'
+    assert "UnicodeEncodeError" in refused(NotADelta, with_header(header))
 
 
 def test_metadata_that_are_not_strings_are_refused() -> None:
@@ -309,6 +335,8 @@ def test_a_missing_metadata_key_is_refused(key: str) -> None:
     ("key", "text"),
     [
         ("density", "much"),
+        ("settings", '{"\\ud800": 0}'),
+        ("settings", '{"a": "\\ud800"}'),
         ("settings", "[]"),
         ("settings", "{"),
         ("modules", "[]"),
@@ -317,11 +345,32 @@ def test_a_missing_metadata_key_is_refused(key: str) -> None:
         ("modules", '{"m": [4, 6, "x"]}'),
         ("modules", '{"m": [4, 6, null]}'),
         ("modules", '{"m": [4, 6, Infinity]}'),
-        ("modules", '{"m":' * 100_000),
+        ("modules", '{"m": [4, 6, 4.0]}'),
+        ("modules", '{"m": [4, 6, true]}'),
+        ("modules", '{"m":' * 2_000),
     ],
 )
 def test_unreadable_metadata_are_refused(key: str, text: str) -> None:
     assert "expected readable metadata" in refused(MalformedDelta, altered(metadata={key: text}))
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-0.1", "1.1"])
+def test_a_density_that_is_none_is_refused(text: str) -> None:
+    payload = altered(metadata={"density": text})
+    assert_names(refused(MalformedDelta, payload), "density from 0 to 1", text)
+
+
+def test_half_a_character_in_the_description_is_refused() -> None:
+    payload = with_tokens(b'"a disc, Gl\xc3\xbcck"', b'"\\ud800"')
+    assert "expected readable metadata" in refused(MalformedDelta, payload)
+
+
+def test_what_a_file_says_is_told_in_one_line() -> None:
+    model = "two\nlines\u2028or three" + 10_000 * "!"
+    payload = altered(metadata={"base_fingerprint": "0", "base_model": model})
+    message = refused(BaseMismatch, payload)
+    assert_names(message, "two\\nlines\\u2028or three!!!")
+    assert len(message) < 1100
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -339,19 +388,19 @@ def test_a_tensor_of_no_declared_module_is_refused(name: str) -> None:
 @pytest.mark.parametrize(
     ("part", "expected", "got"),
     [
-        ("row_starts", "torch.int32", torch.int64),
-        ("row_starts", "torch.int32", torch.float32),
-        ("columns", "torch.uint16", torch.int32),
-        ("columns", "torch.uint16", torch.int16),
-        ("columns", "torch.uint16", torch.int64),
-        ("values", "torch.bfloat16 or torch.float32", torch.float16),
-        ("values", "torch.bfloat16 or torch.float32", torch.float64),
-        ("values", "torch.bfloat16 or torch.float32", torch.int32),
+        ("row_starts", "I32", "I64"),
+        ("row_starts", "I32", "F32"),
+        ("columns", "U16", "I32"),
+        ("columns", "U16", "I16"),
+        ("columns", "U16", "I64"),
+        ("values", "BF16 or F32", "F16"),
+        ("values", "BF16 or F32", "F64"),
+        ("values", "BF16 or F32", "I32"),
     ],
 )
-def test_an_array_of_another_dtype_is_refused(part: str, expected: str, got: torch.dtype) -> None:
-    payload = altered({f"m.{part}": getattr(DELTA, part).to(got)})
-    assert_names(refused(MalformedDelta, payload), f"m.{part}", expected, str(got))
+def test_an_array_of_another_dtype_is_refused(part: str, expected: str, got: str) -> None:
+    payload = altered({f"m.{part}": getattr(DELTA, part).to(DTYPES[got])})
+    assert_names(refused(MalformedDelta, payload), f"m.{part}", expected, f"'{got}'")
 
 
 def test_a_dtype_torch_does_not_know_is_refused() -> None:
@@ -359,7 +408,7 @@ def test_a_dtype_torch_does_not_know_is_refused() -> None:
     head = int.from_bytes(payload[:8], "little")
     header = payload[8 : 8 + head].replace(b'"dtype":"F32"', b'"dtype":"F99"')
     message = refused(MalformedDelta, with_header(header, payload[8 + head :]))
-    assert_names(message, "expected readable tensors", "F99")
+    assert_names(message, "m.values", "BF16 or F32", "'F99'")
 
 
 def test_a_tensor_too_large_for_torch_is_refused() -> None:
@@ -369,7 +418,7 @@ def test_a_tensor_too_large_for_torch_is_refused() -> None:
     header = json.loads(payload[8 : 8 + size])
     header["m.values"]["shape"] = [0, 2**63]
     message = refused(MalformedDelta, with_header(json.dumps(header).encode(), payload[8 + size :]))
-    assert "expected readable tensors" in message
+    assert_names(message, "m.values", "shape [0]", str(2**63))
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -383,6 +432,35 @@ def test_an_array_of_another_length_is_refused(part: str) -> None:
 def test_an_array_of_two_dimensions_is_refused() -> None:
     payload = altered({"m.values": DELTA.values[:, None].clone()})
     assert_names(refused(MalformedDelta, payload), "m.values", "[4]", "[4, 1]")
+
+
+@pytest.mark.parametrize("shape", [b"[true]", b"[4.0]", b"[-4]", b"[4,1]", b"4", b"null"])
+def test_a_shape_of_something_else_is_refused(shape: bytes) -> None:
+    refused(DeltaError, with_tokens(b'"F32","shape":[4]', b'"F32","shape":' + shape))
+
+
+@pytest.mark.parametrize("offsets", [b"[0]", b"[0,16,16]", b"[0,15]", b"[-16,0]", b"16", b"null"])
+def test_offsets_that_are_not_the_arrays_are_refused(offsets: bytes) -> None:
+    refused(DeltaError, with_tokens(VALUES_LIE, b'"data_offsets":' + offsets))
+
+
+@pytest.mark.parametrize("offsets", [b"[0,20]", b"[12,32]", b"[20,40]"])
+def test_arrays_that_overlap_are_refused(offsets: bytes) -> None:
+    payload = with_tokens(ROW_STARTS_LIE, b'"data_offsets":' + offsets)
+    assert "expected data from byte" in refused(MalformedDelta, payload)
+
+
+def test_a_gap_between_arrays_is_refused() -> None:
+    payload = good_payload()
+    size = int.from_bytes(payload[:8], "little")
+    header = json.loads(payload[8 : 8 + size])
+    last = max(
+        (name for name in header if name != "__metadata__"),
+        key=lambda name: header[name]["data_offsets"],
+    )
+    header[last]["data_offsets"] = [offset + 2 for offset in header[last]["data_offsets"]]
+    moved = with_header(json.dumps(header).encode(), payload[8 + size :] + bytes(2))
+    assert "expected data from byte" in refused(MalformedDelta, moved)
 
 
 @pytest.mark.parametrize("declared", [3, 5, 0, -1])
@@ -464,6 +542,53 @@ def test_a_value_that_is_no_number_is_refused(value: float, dtype: torch.dtype) 
     assert_names(refused(MalformedDelta, payload), "m.values", "finite", "NaN or infinity")
 
 
+# --- piece by piece ------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(st.integers(1, 7), st.sets(st.integers(0, 59)), st.sampled_from(FLOATS))
+def test_pieces_of_any_size_give_the_same_delta(
+    entries: int, chosen: set[int], dtype: torch.dtype
+) -> None:
+    indices = torch.tensor(sorted(chosen), dtype=torch.int64)
+    delta = SparseDelta.from_flat(indices, (indices + 0.5).to(dtype), shape=(10, 6))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(delta_file, "PIECE_BYTES", 4 * entries)
+        assert_same_delta(read_delta(encoded(adapter_of(delta))).modules["m"], delta)
+
+
+@pytest.mark.parametrize("entries", [1, 2, 3, 5])
+@pytest.mark.parametrize("fault", [[1, 1, 1, 2], [3, 1, 1, 2], [1, 3, 6, 2], [1, 3, 1, 6]])
+def test_a_fault_is_found_wherever_a_piece_begins(
+    monkeypatch: pytest.MonkeyPatch, entries: int, fault: list[int]
+) -> None:
+    monkeypatch.setattr(delta_file, "PIECE_BYTES", 2 * entries if entries > 1 else 4)
+    assert "m.columns" in refused(MalformedDelta, altered({"m.columns": columns(fault)}))
+
+
+def test_the_digest_is_the_files() -> None:
+    reader = DeltaReader(io.BytesIO(good_payload()))
+    assert list(reader.pieces())
+    assert reader.digest == hashlib.sha256(good_payload()).hexdigest()
+
+
+def test_row_starts_that_change_meanwhile_are_refused() -> None:
+    file = io.BytesIO(good_payload())
+    reader = DeltaReader(file)
+    file.seek(good_payload().index(DELTA.row_starts.numpy().tobytes()) + 4)
+    file.write(b"\1")
+    with pytest.raises(MalformedDelta, match="stays as it is"):
+        list(reader.pieces())
+
+
+def test_a_file_cut_off_meanwhile_is_refused() -> None:
+    file = io.BytesIO(good_payload())
+    reader = DeltaReader(file)
+    file.truncate(len(good_payload()) - 1)
+    with pytest.raises(TruncatedDelta, match=r"m.columns: expected 8 bytes, got 7"):
+        list(reader.pieces())
+
+
 # --- whatever the bytes --------------------------------------------------------------------------
 
 
@@ -539,7 +664,7 @@ def good_payload() -> bytes:
 
 
 def parts_of(payload: bytes) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    return safetensors.torch.load(payload), dict(read_header(payload).metadata)
+    return safetensors.torch.load(payload), dict(read_header(io.BytesIO(payload)).metadata)
 
 
 def altered(
@@ -556,6 +681,15 @@ def altered(
 
 def with_header(header: bytes, data: bytes = b"") -> bytes:
     return len(header).to_bytes(8, "little") + header + data
+
+
+def with_tokens(old: bytes, new: bytes) -> bytes:
+    """Return a good file in whose header something is replaced."""
+    payload = good_payload()
+    size = int.from_bytes(payload[:8], "little")
+    header = payload[8 : 8 + size]
+    assert header.count(old) == 1
+    return with_header(header.replace(old, new), payload[8 + size :])
 
 
 def columns(indices: list[int]) -> torch.Tensor:

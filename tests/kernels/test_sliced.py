@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 from spieldose_kernels.cpu.vector import LANES
 from spieldose_kernels.delta import Adapter, AdapterInfo, SparseDelta
-from spieldose_kernels.sliced import ALIGNMENT, FIELDS, PackedAdapter, SlicedDelta, pack, view
+from spieldose_kernels.sliced import (
+    ALIGNMENT,
+    FIELDS,
+    PackedAdapter,
+    Packing,
+    SlicedDelta,
+    pack,
+    view,
+)
 
 DTYPES = [torch.float32, torch.bfloat16]
 LENGTHS = [  # entries of each row, C
@@ -246,6 +254,23 @@ def test_modules_of_all_shapes_lie_in_one_piece(dtype: torch.dtype) -> None:
 
 def test_an_adapter_without_modules_takes_nothing() -> None:
     assert pack(Adapter(INFO, {}), torch.bfloat16).nbytes == 0
+
+
+@settings(deadline=None)
+@given(st.lists(supports, min_size=1, max_size=3), st.integers(1, 70), st.sampled_from(DTYPES))
+def test_entries_may_come_in_any_pieces(
+    modules: list[list[int]], size: int, dtype: torch.dtype
+) -> None:
+    deltas = {str(i): delta_of(lengths, 60, seed=i) for i, lengths in enumerate(modules)}
+    row_starts = {module: delta.row_starts for module, delta in deltas.items()}
+    packing = Packing(row_starts, dict.fromkeys(deltas, 60), dtype)
+    for module, delta in deltas.items():
+        for first in range(0, delta.nnz, size):
+            packing.add_values(module, first, delta.values[first : first + size])
+            packing.add_columns(module, first, delta.columns[first : first + size])
+    whole = pack(Adapter(INFO, deltas), dtype)
+    assert packing.packed.records == whole.records
+    assert torch.equal(packing.packed.memory, whole.memory)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
