@@ -6,7 +6,7 @@ BIN := .venv/bin
 # Where that index cannot be reached, pip goes on with the others.
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,--extra-index-url https://download.pytorch.org/whl/cpu)
 
-.PHONY: demo test soak bench-cpu bench-gpu lint format proto config clean
+.PHONY: demo test soak fuzz bench-cpu bench-gpu lint format proto config clean
 
 demo: .venv/installed
 	$(BIN)/python demo/run.py $(if $(BASE),--base $(BASE))
@@ -17,6 +17,9 @@ test: .venv/installed
 
 soak: .venv/installed
 	$(BIN)/python benchmarks/soak.py $(if $(SECONDS),--seconds $(SECONDS))
+
+fuzz: .venv/installed
+	$(BIN)/python benchmarks/fuzz.py $(if $(COUNT),--count $(COUNT))
 
 bench-cpu: .venv/installed
 	$(BIN)/python benchmarks/cpu.py

@@ -25,7 +25,7 @@ from spieldose_server.server import Server
 
 from .tiny_base import save_tiny_base
 
-sys.path.append(str(Path(__file__).parents[1] / "demo"))
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("demo", "benchmarks")]
 
 quiet_libraries()
 

@@ -60,12 +60,12 @@ def write_delta(path: Path, adapter: Adapter) -> None:
     _fsync_directory(path.parent)
 
 
-def read_delta(payload: bytes, base: BaseSpec | None = None) -> Adapter:
-    """Read and fully validate the bytes of a delta file, against `base` unless it is None.
+def read_delta(source: bytes | io.BufferedIOBase, base: BaseSpec | None = None) -> Adapter:
+    """Read and fully validate a delta file or its bytes, against `base` unless it is None.
 
     Raises NotADelta, TruncatedDelta, MalformedDelta, BaseMismatch or ModuleMismatch.
     """
-    reader = DeltaReader(io.BytesIO(payload), base)
+    reader = DeltaReader(io.BytesIO(source) if isinstance(source, bytes) else source, base)
     modules = {
         module: SparseDelta(
             reader.row_starts[module],
@@ -131,7 +131,8 @@ class DeltaReader:
                 if extent.part == "columns":
                     self._check_columns(piece, before)
                     before = int(entries[-1])
-                elif not bool(torch.isfinite(entries).all()):
+                # as bfloat16, which they may be played as, the largest float32 are infinite
+                elif not bool(torch.isfinite(entries.bfloat16()).all()):
                     raise MalformedDelta(
                         f"{extent.module}.values: expected finite values, got NaN or infinity"
                     )

@@ -39,12 +39,13 @@ NAMES: Final = {  # the format's, of the types there are in a delta
 }
 MAX_HEADER_BYTES: Final = 100_000_000  # the safetensors format's own limit
 # JSON takes up to 37 times its bytes in memory; with no more brackets than there are in a table up
-# to 20 times, such a table itself 8. So a header that is not small has to look like one, and to be
+# to 20 times, such a table itself 9. So a header that is not small has to look like one, and to be
 # a tenth of its file at most. A 135 million parameter model's adapter with all modules empty has
 # 73 kB of 696; any entries make it less.
 SMALL_HEADER_BYTES: Final = 3 << 13
 HEADERS_IN_A_FILE: Final = 10
 BYTES_PER_BRACKET: Final = 16  # 20 and more in what `write_delta` writes
+MAX_WIDTH: Final = 1 << 31  # columns are int32
 # what foreign JSON does to code that expects ours
 UNREADABLE: Final = (ValueError, TypeError, AttributeError, RecursionError)
 
@@ -137,18 +138,30 @@ def read_header(file: io.BufferedIOBase) -> Header:
         entries = _load(str(text, "utf-8"))
         metadata = entries.pop("__metadata__", {})
         end = max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
-        strings = all(isinstance(value, str) for value in metadata.values())
-        for name in itertools.chain(entries, metadata):
-            name.encode()  # JSON knows halves of characters, which nothing could print
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise MalformedDelta("expected metadata that maps strings to strings, got other values")
+        for words in itertools.chain(entries, metadata, metadata.values()):
+            words.encode()  # JSON knows halves of characters, which nothing could print
     except (*UNREADABLE, LookupError) as error:
         raise NotADelta(f"expected a safetensors header, got {type(error).__name__}") from error
-    if not strings:
-        raise MalformedDelta("expected metadata that maps strings to strings, got other values")
     return Header(entries, metadata, 8 + size, 8 + size + end, bytes_read)
 
 
 def _load(text: str) -> Any:
-    return json.loads(text, parse_float=_refused, parse_constant=_refused)
+    return json.loads(
+        text, object_pairs_hook=_distinct, parse_float=_refused, parse_constant=_refused
+    )
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    pairs.reverse()
+    while pairs:  # not both at once in memory
+        name, value = pairs.pop()
+        if name in found:
+            raise ValueError("a name twice")
+        found[name] = value
+    return found
 
 
 def _refused(text: str) -> None:
@@ -171,15 +184,13 @@ def _read_metadata(metadata: Mapping[str, str]) -> tuple[AdapterInfo, Declared]:
         )
     try:
         info = AdapterInfo(
-            base_model=_sound(metadata["base_model"]),
-            base_fingerprint=_sound(metadata["base_fingerprint"]),
-            method=_sound(metadata["method"]),
+            base_model=metadata["base_model"],
+            base_fingerprint=metadata["base_fingerprint"],
+            method=metadata["method"],
             density=float(metadata["density"]),
-            description=_sound(metadata["description"]),
-            settings={
-                _sound(str(k)): _sound(str(v)) for k, v in json.loads(metadata["settings"]).items()
-            },
-            chat_template=_sound(metadata.get("chat_template", "")),
+            description=metadata["description"],
+            settings=_settings(metadata["settings"]),
+            chat_template=metadata.get("chat_template", ""),
         )
         check_chat_template(info.chat_template)
         declared = {
@@ -197,9 +208,11 @@ def _read_metadata(metadata: Mapping[str, str]) -> tuple[AdapterInfo, Declared]:
     return info, declared
 
 
-def _sound(text: str) -> str:
-    text.encode()  # raises ValueError for half a character
-    return text
+def _settings(text: str) -> dict[str, str]:
+    settings = {str(name): str(value) for name, value in json.loads(text).items()}
+    for words in itertools.chain(settings, settings.values()):
+        words.encode()
+    return settings
 
 
 def _whole(number: Any) -> int:
@@ -234,8 +247,11 @@ def _extents(header: Header, declared: Declared) -> tuple[Extent, ...]:
     """Return where the arrays lie. Raises MalformedDelta unless they fill the file as declared."""
     found = []
     for module, (height, width, nnz) in declared.items():
-        if height < 1 or width < 1:
-            raise MalformedDelta(f"{module}: expected a positive shape, got {[height, width]}")
+        if height < 1 or not 1 <= width <= MAX_WIDTH:
+            raise MalformedDelta(
+                f"{module}: expected a positive shape of at most {MAX_WIDTH} columns, "
+                f"got {[height, width]}"
+            )
         kinds = ((torch.int32,), (index_dtype(width),), VALUE_DTYPES)
         counts = (height + 1, nnz, nnz)
         for part, dtypes, count in zip(PARTS, kinds, counts, strict=True):

@@ -262,6 +262,8 @@ def test_another_format_version_is_refused() -> None:
         '{"m": {"data_offsets": [0, NaN]}}',
         '{"m": null}',
         '{"__metadata__": []}',
+        '{"__metadata__": {}, "__metadata__": {}}',
+        '{"m": 0, "m": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}',
         '{"a":' * 4_000,
     ],
 )
@@ -346,6 +348,7 @@ def test_a_missing_metadata_key_is_refused(key: str) -> None:
         ("modules", '{"m": [4, 6, null]}'),
         ("modules", '{"m": [4, 6, Infinity]}'),
         ("modules", '{"m": [4, 6, 4.0]}'),
+        ("modules", '{"m": [4, 6, 3], "m": [4, 6, 4]}'),
         ("modules", '{"m": [4, 6, true]}'),
         ("modules", '{"m":' * 2_000),
     ],
@@ -362,7 +365,7 @@ def test_a_density_that_is_none_is_refused(text: str) -> None:
 
 def test_half_a_character_in_the_description_is_refused() -> None:
     payload = with_tokens(b'"a disc, Gl\xc3\xbcck"', b'"\\ud800"')
-    assert "expected readable metadata" in refused(MalformedDelta, payload)
+    assert "UnicodeEncodeError" in refused(NotADelta, payload)
 
 
 def test_what_a_file_says_is_told_in_one_line() -> None:
@@ -469,8 +472,10 @@ def test_another_number_of_entries_than_declared_is_refused(declared: int) -> No
     assert_names(refused(MalformedDelta, payload), f"[{declared}]", "[4]")
 
 
-@pytest.mark.parametrize("shape", [[-1, 6], [0, 6], [1, -6], [1, 0]])
-def test_a_shape_that_is_not_positive_is_refused(shape: list[int]) -> None:
+@pytest.mark.parametrize("shape", [[-1, 6], [0, 6], [1, -6], [1, 0], [1, 2**31 + 1]])
+def test_a_shape_without_rows_or_columns_or_with_too_many_columns_is_refused(
+    shape: list[int],
+) -> None:
     height = max(shape[0] + 1, 0)
     tensors = {
         "m.row_starts": torch.zeros(height, dtype=torch.int32),
@@ -540,6 +545,14 @@ def test_a_step_back_after_an_empty_row_is_no_fault() -> None:
 def test_a_value_that_is_no_number_is_refused(value: float, dtype: torch.dtype) -> None:
     payload = altered({"m.values": torch.tensor([1.0, 2.0, value, 3.0], dtype=dtype)})
     assert_names(refused(MalformedDelta, payload), "m.values", "finite", "NaN or infinity")
+
+
+def test_a_value_that_is_infinite_as_bfloat16_is_refused() -> None:
+    largest = torch.tensor([1.0, 2.0, 3.3895314e38, 3.0])
+    assert largest.bfloat16().isfinite().all()
+    read_delta(altered({"m.values": largest}))
+    payload = altered({"m.values": torch.tensor([1.0, 2.0, 3.4028235e38, 3.0])})
+    assert_names(refused(MalformedDelta, payload), "m.values", "finite")
 
 
 # --- piece by piece ------------------------------------------------------------------------------

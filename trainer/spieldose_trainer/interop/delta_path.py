@@ -12,11 +12,10 @@ from spieldose_trainer.errors import ConversionError
 def read(path: Path, base: BaseSpec | None = None) -> Adapter:
     """Read and fully validate a delta file, against `base` unless it is None; raises DeltaError."""
     try:
-        payload = path.read_bytes()
+        with open(path, "rb") as file:
+            return read_delta(file, base)
     except OSError as error:
         raise NotADelta(f"expected a readable delta file, got: {error}") from error
-    try:
-        return read_delta(payload, base)
     except DeltaError as error:
         raise type(error)(f"{path}: {error}") from error
 
