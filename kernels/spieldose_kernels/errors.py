@@ -19,8 +19,8 @@ class SpieldoseError(Exception):
 
     def __init__(self, problem: object) -> None:
         """Keep what a line can hold of a text that may quote what a file or a client said."""
-        line = " ".join(str(problem)[:MAX_BYTES].split())
-        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+        text = str(problem)[:MAX_BYTES]
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
         if len(line.encode()) > MAX_BYTES:
             line = line.encode()[: MAX_BYTES - 3].decode(errors="ignore") + "…"
         super().__init__(line)

@@ -56,7 +56,7 @@ class Constraint:
         """Raise InvalidRequest if the grammar is wrong, or was too complex to follow."""
         if self._matcher.is_error():
             problem, _, _ = self._matcher.get_error().partition("<state>")  # a dump follows
-            raise InvalidRequest(self._field, problem)
+            raise InvalidRequest(self._field, " ".join(problem.split()))
 
 
 class Grammars:

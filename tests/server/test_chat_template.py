@@ -1,8 +1,10 @@
 """Messages go through the chat template of the adapter that plays them."""
 
+import hashlib
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,6 +43,10 @@ def current(running: Running, name: str) -> str:
     return found[0].digest if found else ""
 
 
+def digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
 def tokens(running: Running, adapter: str) -> list[int]:
     request = pb.TokenizeRequest(messages=pb.ChatMessages(messages=MESSAGES), adapter_id=adapter)
     return list(running.client.inference.Tokenize(request).token_ids)
@@ -70,7 +76,7 @@ def test_a_replaced_template_is_used_at_once(running: Running, write: Write) -> 
 
 
 def test_a_request_that_waits_while_its_adapter_is_replaced_gets_the_new_template(
-    serve_tiny: Any, tmp_path: Any, make_adapter: Callable[..., Adapter]
+    serve_tiny: Any, tmp_path: Path, make_adapter: Callable[..., Adapter]
 ) -> None:
     adapter = make_adapter(5)
 
@@ -81,7 +87,6 @@ def test_a_request_that_waits_while_its_adapter_is_replaced_gets_the_new_templat
     put("one {{ messages[0]['content'] }}")
     write_delta(tmp_path / "a1.safetensors", make_adapter(1))
     with contextmanager(serve_tiny)(tmp_path, max_adapters=1) as running:
-        first = current(running, "a")
         with Stream(running, "a1"):  # holds the only slot
             call = running.client.inference.Generate(
                 pb.GenerateRequest(
@@ -92,9 +97,9 @@ def test_a_request_that_waits_while_its_adapter_is_replaced_gets_the_new_templat
             )
             eventually(lambda: running.client.adapter("a").running == 1)
             put("number two {{ messages[0]['content'] }}")
-            eventually(lambda: current(running, "a") != first)
+            eventually(lambda: current(running, "a") == digest(tmp_path / "a.safetensors"))
         complete = list(call)[-1].complete
-        assert complete.adapter.digest == current(running, "a")
+        assert complete.adapter.digest == digest(tmp_path / "a.safetensors")
         assert complete.prompt_tokens == len("number two hello")
 
 
