@@ -5,7 +5,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -179,19 +178,6 @@ def test_more_adapters_than_there_is_room_for_are_all_served(
     assert crowd == 3 * alone
     assert running.server.store.residency.evictions > 0
     assert all(version.leases == 0 for version in running.server.store.list())
-
-
-def test_an_adapter_larger_than_all_the_memory_is_refused_and_the_others_play(
-    serve_tiny: Any, tmp_path: Path, make_adapter: MakeAdapter
-) -> None:
-    write_delta(tmp_path / "huge.safetensors", make_adapter(9, density=1.0))
-    write_delta(tmp_path / "a3.safetensors", make_adapter(3))
-    with contextmanager(serve_tiny)(tmp_path, adapter_memory=1 << 17) as running:
-        with pytest.raises(ClientError) as caught:
-            running.client.generate("x", adapter="huge")
-        assert caught.value.code == grpc.StatusCode.FAILED_PRECONDITION
-        assert "at most 131072 bytes of adapter memory" in str(caught.value)
-        assert running.client.generate("x", adapter="a3").adapter.startswith("a3@")
 
 
 def test_a_request_may_name_a_version(running: Running) -> None:

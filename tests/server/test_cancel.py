@@ -1,4 +1,4 @@
-"""A cancelled or expired request frees what it held, at once."""
+"""Cancelled requests free what they held, at once, and disturb no other."""
 
 import random
 import threading
@@ -9,12 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 
 from spieldose_kernels.delta_file import write_delta
 from spieldose_proto import inference_pb2 as pb
-from spieldose_server.client import Client, ClientError
+from spieldose_server.client import Client
 
 from ..conftest import Running, eventually
 
@@ -29,22 +28,6 @@ def small(
     for seed in range(1, 5):
         write_delta(tmp_path / f"a{seed}.safetensors", make_adapter(seed))
     yield from serve_tiny(tmp_path, max_adapters=2)
-
-
-def test_a_closed_stream_frees_its_cache_and_lease(running: Running) -> None:
-    stream = running.client.stream("hello", adapter="a1", sampling=LONG)
-    next(stream)
-    assert leases(running) == 1 and running.server.engine.held_pages > 0
-    stream.close()
-    eventually(lambda: idle(running))
-
-
-def test_an_expired_deadline_frees_its_cache_and_lease(running: Running) -> None:
-    with pytest.raises(ClientError) as caught:
-        for _ in range(100):  # until one does not make it in time
-            running.client.generate("hello", adapter="a1", sampling=LONG, timeout=0.2)
-    assert caught.value.code == grpc.StatusCode.DEADLINE_EXCEEDED
-    eventually(lambda: idle(running))
 
 
 def test_500_streams_cancelled_at_random_times_leave_nothing_behind_within_a_second(

@@ -1,9 +1,7 @@
 """Many adapters in one forward pass: each request plays its own and no other."""
 
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from spieldose_kernels.delta import Adapter
 from spieldose_kernels.delta_file import read_delta
@@ -37,16 +35,6 @@ def test_every_request_of_a_mixed_batch_equals_a_dense_model(
         assert_greedy(model, tokenizer(prompt)["input_ids"], reply.token_ids)
 
 
-def test_one_prompt_asked_of_every_adapter_gets_no_other_adapters_cache(
-    running: Running, tiny_directory: Path
-) -> None:
-    prompt = running.base.tokenizer(PROMPTS[-1])["input_ids"]
-    for name in ("", "a1", "a2", "a1"):
-        adapter = read(running.directory, name)
-        reply = ask(running.client, PROMPTS[-1], name)
-        assert_greedy(dense_model(tiny_directory, running.base, adapter), prompt, reply.token_ids)
-
-
 def test_adapters_differ_from_each_other_and_from_the_base(running: Running) -> None:
     said = {name: ask(running.client, PROMPTS[0], name).token_ids for name in ADAPTERS}
     assert len(set(said.values())) == 5
@@ -56,18 +44,6 @@ def test_the_reply_names_the_version_that_played(running: Running) -> None:
     adapter = running.client.adapter("a2")
     assert ask(running.client, "x", "a2").adapter == f"a2@{adapter.digest}"
     assert ask(running.client, "x", "").adapter == ""
-
-
-def test_base_requests_are_the_same_with_and_without_adapters(
-    running: Running, serve_tiny: Callable[..., Iterator[Any]], tmp_path: Path
-) -> None:
-    with_adapters = ask_together(running.client)
-    empty = tmp_path / "none"
-    empty.mkdir()
-    for bare in serve_tiny(empty, max_batch_tokens=64):
-        for prompt, name, reply in zip(PROMPTS, ADAPTERS, with_adapters, strict=True):
-            if not name:
-                assert ask(bare.client, prompt, "").token_ids == reply.token_ids
 
 
 def read(directory: Path, name: str) -> Adapter | None:

@@ -2,7 +2,6 @@
 
 import pytest
 
-from spieldose_kernels.delta_file import write_delta
 from spieldose_proto import inference_pb2 as pb
 from spieldose_server.client import Reply
 from spieldose_server.prefix_cache import page_hash, playing
@@ -35,28 +34,6 @@ def test_only_what_is_common_is_found(running: Running) -> None:
     reply, found = ask(running, "a1", PROMPT[:70] + "y" * 130)
     assert found == 64
     assert reply.token_ids != whole.token_ids
-
-
-def test_adapters_and_the_base_find_nothing_of_each_other(running: Running) -> None:
-    players = ("", "a1", "a2", "a3", "a4")
-    replies = {adapter: ask(running, adapter) for adapter in players}
-    assert [found for _, found in replies.values()] == [0] * 5
-    assert len({reply.token_ids for reply, _ in replies.values()}) == 5
-    for adapter in players[::-1]:
-        assert ask(running, adapter) == (replies[adapter][0], PAGES)
-
-
-def test_a_replaced_version_finds_nothing_of_the_old_one(running: Running, make_adapter) -> None:
-    old, _ = ask(running, "a1")
-    file = running.directory / "a1.safetensors"
-    content = file.read_bytes()
-    write_delta(file, make_adapter(77))
-    eventually(lambda: running.client.generate("x", adapter="a1").adapter != old.adapter)
-    new, found = ask(running, "a1")
-    assert found == 0 and new.token_ids != old.token_ids
-    file.write_bytes(content)
-    eventually(lambda: running.client.generate("x", adapter="a1").adapter == old.adapter)
-    assert ask(running, "a1") == (old, PAGES)
 
 
 def test_the_same_content_under_two_names_shares_its_prefixes(running: Running) -> None:
