@@ -7,6 +7,7 @@ while the engine's team is the only one, and 70 ms beside the team of a thread t
 load the model. So what is not a step runs on a thread that ends, or on one that computes alone.
 """
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -14,6 +15,9 @@ from typing import TypeVar
 import torch
 
 T = TypeVar("T")
+
+# of the loader: where it shares a core with a team, it gets a tenth, and a step waits no longer
+NICE = 10
 
 
 def apart(work: Callable[[], T]) -> T:
@@ -23,9 +27,14 @@ def apart(work: Callable[[], T]) -> T:
 
 
 def loader() -> ThreadPoolExecutor:
-    """Return a worker for tensor work beside the steps, which computes without a team."""
+    """Return a worker for tensor work beside the steps: it has no team and gives way to theirs."""
     team = torch.get_num_threads()
-    worker = ThreadPoolExecutor(1, "loader", initializer=torch.set_num_threads, initargs=(1,))
+    worker = ThreadPoolExecutor(1, "loader", initializer=_give_way)
     worker.submit(torch.get_num_threads).result()
     torch.set_num_threads(team)  # of this thread and of those to come, which the worker's 1 became
     return worker
+
+
+def _give_way() -> None:
+    torch.set_num_threads(1)
+    os.nice(NICE)  # on Linux of the calling thread alone

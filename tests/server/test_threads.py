@@ -1,12 +1,13 @@
 """Tensor work beside the steps leaves them their threads."""
 
+import os
 import threading
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from spieldose_server.threads import apart, loader
+from spieldose_server.threads import NICE, apart, loader
 
 
 @pytest.fixture(autouse=True)
@@ -33,3 +34,13 @@ def test_the_loader_computes_alone_and_every_other_thread_with_a_team() -> None:
         assert worker.submit(torch.get_num_threads).result() == 1
         assert torch.get_num_threads() == 2
         assert apart(torch.get_num_threads) == 2
+
+
+def test_the_loader_gives_way_to_every_other_thread() -> None:
+    def niceness() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    before = niceness()
+    with loader() as worker:
+        assert worker.submit(niceness).result() == min(before + NICE, 19)
+        assert niceness() == apart(niceness) == before
