@@ -31,7 +31,7 @@ import tyro
 from mutants import BASE, drafts, encoded, entries_of, large_drafts, mutant
 from spieldose_kernels.delta import Adapter
 from spieldose_kernels.delta_file import SUFFIX, read_delta
-from spieldose_kernels.errors import MAX_LENGTH, DeltaError
+from spieldose_kernels.errors import MAX_BYTES, DeltaError
 from spieldose_kernels.sliced import view
 from spieldose_server.files import AdapterFiles, Content, Stamp
 
@@ -153,7 +153,9 @@ def attempt(read: Callable[[], T]) -> T | DeltaError:
         return read()
     except DeltaError as error:
         text = str(error)
-        expect(0 < len(text) <= MAX_LENGTH and text.isprintable(), f"a reason like {text!r}")
+        expect(
+            0 < len(text.encode()) <= MAX_BYTES and text.isprintable(), f"a reason like {text!r}"
+        )
         error.__cause__ = error.__context__ = None  # their frames hold what was read
         return error.with_traceback(None)
     except Exception as error:

@@ -73,7 +73,7 @@ class AdapterInfo:
     density: float  # entries over weights of the target layers
     description: str = ""
     settings: Mapping[str, str] = field(default_factory=dict)  # training settings, for people
-    chat_template: str = ""  # Jinja that messages go through; empty: the base model's own
+    chat_template: str = ""  # Jinja, not looked into until it is used; empty: the base model's own
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,6 @@ from typing import Any, Final
 import torch
 
 from spieldose_kernels.base_spec import BaseSpec
-from spieldose_kernels.chat_template import check_chat_template
 from spieldose_kernels.delta import AdapterInfo, index_dtype
 from spieldose_kernels.errors import (
     BaseMismatch,
@@ -192,7 +191,6 @@ def _read_metadata(metadata: Mapping[str, str]) -> tuple[AdapterInfo, Declared]:
             settings=_settings(metadata["settings"]),
             chat_template=metadata.get("chat_template", ""),
         )
-        check_chat_template(info.chat_template)
         declared = {
             name: (_whole(height), _whole(width), _whole(nnz))
             for name, (height, width, nnz) in _load(metadata["modules"]).items()

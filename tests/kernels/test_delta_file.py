@@ -136,13 +136,6 @@ def test_a_chat_template_comes_back_and_is_no_part_of_other_files(tmp_path: Path
         assert "chat_template" not in file.metadata()
 
 
-def test_a_chat_template_that_does_not_compile_is_refused(tmp_path: Path) -> None:
-    broken = Adapter(replace(INFO, chat_template="{% for %}"), {"m": DELTA})
-    payload = written(tmp_path, broken).read_bytes()
-    with pytest.raises(MalformedDelta, match="expected a chat template that compiles, got: "):
-        read_delta(payload)
-
-
 @settings(deadline=None)
 @given(st.data())
 def test_any_support_comes_back(data: st.DataObject) -> None:

@@ -110,20 +110,12 @@ def test_a_template_that_refuses_a_conversation_says_so(running: Running, write:
     assert running.client.generate("x", adapter="a", sampling=SHORT).adapter.startswith("a@")
 
 
-@pytest.mark.parametrize("template", ["{{ ''.__class__.__mro__ }}", "{{ 7 / 0 }}", "{{ a.b.c }}"])
-def test_a_template_that_fails_or_reaches_out_of_its_sandbox_is_the_requests_error(
+@pytest.mark.parametrize(
+    "template", ["{{ ''.__class__.__mro__ }}", "{{ 7 / 0 }}", "{{ a.b.c }}", "{% if %}"]
+)
+def test_a_template_that_is_broken_or_reaches_out_of_its_sandbox_is_the_requests_error(
     running: Running, write: Write, template: str
 ) -> None:
     write("a", template)
     with pytest.raises(ClientError, match="INVALID_ARGUMENT: messages: the chat template"):
         running.client.generate(MESSAGES, adapter="a", sampling=SHORT)
-
-
-def test_a_template_that_does_not_compile_is_rejected_with_its_file(
-    running: Running, make_adapter: Callable[..., Adapter]
-) -> None:
-    adapter = make_adapter(5)
-    info = replace(adapter.info, chat_template="{% if %}")
-    write_delta(running.directory / "a.safetensors", Adapter(info, adapter.modules))
-    eventually(lambda: running.state("a").startswith("rejected"))
-    assert "expected a chat template that compiles" in running.state("a")

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch.utils.tensorboard import SummaryWriter
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback
 from transformers.integrations.integration_utils import TensorBoardCallback
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from spieldose_kernels.base import Base, load_base, pick_compute_dtype, pick_device
-from spieldose_kernels.chat_template import check_chat_template
 from spieldose_kernels.checkpoint import find_checkpoint, target_shapes
 from spieldose_kernels.delta import Adapter
 from spieldose_kernels.delta_file import read_delta, write_delta
@@ -228,9 +229,11 @@ def _read_template(path: Path | None) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"chat_template: expected a readable UTF-8 file, got {error}") from error
     try:
-        check_chat_template(template)
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        _compile_jinja_template(template)
+    except (TemplateError, RecursionError) as error:
+        raise ConfigError(
+            f"{path}: expected a chat template that compiles, got: {error}"
+        ) from error
     return template
 
 
