@@ -283,10 +283,14 @@ class Watcher:
     def __init__(self) -> None:
         self._closed = False
         self._news: dict[Version, bool] = {}
+        self._known: set[Version] = set()  # to who iterates
         self._some = asyncio.Event()
 
     def tell(self, version: Version, *, gone: bool) -> None:
-        """Take note of a change."""
+        """Take note of a change, if it is one for whoever iterates: that need not keep up."""
+        if gone and version not in self._known:
+            self._news.pop(version, None)
+            return
         self._news[version] = gone
         self._some.set()
 
@@ -301,6 +305,9 @@ class Watcher:
             await self._some.wait()
             self._some.clear()
             news, self._news = self._news, {}
+            self._known = {
+                version for version in self._known | news.keys() if not news.get(version)
+            }
             for version, gone in news.items():
                 yield version, gone
 

@@ -12,7 +12,8 @@ import torch
 
 from spieldose_server.errors import RejectedAdapter, UnknownAdapter, UnreadableAdapter
 from spieldose_server.files import AdapterFiles, FileChanged
-from spieldose_server.store import Lease
+from spieldose_server.store import Lease, Watcher
+from spieldose_server.versions import Version
 
 from .shelf import ENTRIES, ONE, SPEC, Shelf
 
@@ -370,6 +371,28 @@ def test_watching_tells_what_there_is_and_what_becomes_of_it(on_shelf: Any, tmp_
         assert [state for name, state in seen if name == "b"][:1] == ["validating"]
         shelf.store.close()
         await task
+
+
+def test_who_does_not_keep_up_is_not_told_of_versions_that_came_and_went() -> None:
+    watcher, (a, b, c) = Watcher(), (Version(name=name) for name in "abc")
+
+    async def follow() -> None:
+        watcher.tell(a, gone=False)
+        watcher.tell(b, gone=False)
+        seen = []
+        async for version, gone in watcher:
+            seen.append((version, gone))
+            if len(seen) == 1:
+                watcher.tell(b, gone=True)  # on its way: it has to be told that, too
+                for _ in range(1000):
+                    watcher.tell(passing := Version(name="passing"), gone=False)
+                    watcher.tell(passing, gone=True)
+                watcher.tell(c, gone=False)
+                watcher.close()
+                assert len(watcher._news) == 2
+        assert seen == [(a, False), (b, False), (b, True), (c, False)]
+
+    asyncio.run(follow())
 
 
 async def ready(*leases: Lease | None) -> None:
