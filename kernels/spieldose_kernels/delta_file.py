@@ -29,6 +29,7 @@ from spieldose_kernels.delta_header import (
     Declared,
     Extent,
     read_declaration,
+    read_header,
 )
 from spieldose_kernels.errors import MalformedDelta, TruncatedDelta
 
@@ -39,7 +40,9 @@ PIECE_BYTES: Final = 1 << 17
 def write_delta(path: Path, adapter: Adapter) -> None:
     """Write `adapter` to `path` so that no reader ever sees half of it.
 
-    The bytes go to a temporary name in the same directory, are fsynced, and renamed.
+    The bytes go to a temporary name in the same directory, are fsynced, and renamed. Raises
+    DeltaError, and writes nothing, if the header is more than readers accept: a great many modules
+    with next to no rows.
     """
     tensors = {
         f"{module}.{part}": getattr(delta, part).detach().cpu().contiguous()
@@ -47,6 +50,7 @@ def write_delta(path: Path, adapter: Adapter) -> None:
         for part in PARTS
     }
     payload = safetensors.torch.save(tensors, metadata=_metadata(adapter))
+    read_header(io.BytesIO(payload))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:

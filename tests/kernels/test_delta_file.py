@@ -156,6 +156,16 @@ def test_writing_leaves_no_other_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_what_no_reader_would_accept_is_not_written(tmp_path: Path) -> None:
+    tiny = {
+        f"module{i}": SparseDelta.from_flat(torch.tensor([1]), torch.ones(1), shape=(4, 6))
+        for i in range(1000)
+    }
+    with pytest.raises(DeltaError, match=r"header of \d+ bytes: expected a file of"):
+        written(tmp_path, Adapter(INFO, tiny))
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 def test_a_crash_in_the_middle_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
