@@ -6,7 +6,7 @@ BIN := .venv/bin
 # Where that index cannot be reached, pip goes on with the others.
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,--extra-index-url https://download.pytorch.org/whl/cpu)
 
-.PHONY: demo test soak fuzz bench-cpu bench-gpu lint format proto config clean
+.PHONY: demo test soak fuzz bench-cpu bench-traffic bench-gpu lint format proto config clean
 
 demo: .venv/installed
 	$(BIN)/python demo/run.py $(if $(BASE),--base $(BASE))
@@ -23,6 +23,9 @@ fuzz: .venv/installed
 
 bench-cpu: .venv/installed
 	$(BIN)/python benchmarks/cpu.py
+
+bench-traffic: .venv/installed
+	$(BIN)/python benchmarks/traffic.py
 
 bench-gpu: .venv/installed
 	$(BIN)/python benchmarks/gpu.py

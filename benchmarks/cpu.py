@@ -6,23 +6,21 @@ one at a time: two OpenMP teams in one process would slow each other down.
 
 import asyncio
 import json
-import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
 
+from sides import Side
 from spieldose_kernels.base import load_base, pick_compute_dtype
 from spieldose_kernels.delta import Adapter, AdapterInfo, SparseDelta
 from spieldose_kernels.delta_matmul import delta_matmul
-from spieldose_kernels.quiet import quiet_libraries
 from spieldose_kernels.slab import Slab
 from spieldose_kernels.sliced import pack
 from spieldose_kernels.token_groups import TokenGroups
@@ -109,37 +107,6 @@ def measure(base: str) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     ours.close()
     lora.close()
     return ratios, rates
-
-
-class Side:
-    """Run one side's measurements in a process of its own, on request."""
-
-    def __init__(self, kind: Callable[[str], Any], base: str) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, end = context.Pipe()
-        self._process = context.Process(target=_serve, args=(end, kind, base), daemon=True)
-        self._process.start()
-        self._pipe.recv()
-
-    def __call__(self, name: str, **arguments: Any) -> float:
-        """Return what the side's method of this name measures."""
-        self._pipe.send((name, arguments))
-        result: float = self._pipe.recv()
-        return result
-
-    def close(self) -> None:
-        """End the process."""
-        self._process.terminate()
-        self._process.join()
-
-
-def _serve(pipe: Any, kind: Callable[[str], Any], base: str) -> None:
-    quiet_libraries()
-    side = kind(base)
-    pipe.send("ready")
-    while True:
-        name, arguments = pipe.recv()
-        pipe.send(getattr(side, name)(**arguments))
 
 
 class Spieldose:
