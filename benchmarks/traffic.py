@@ -44,7 +44,6 @@ from spieldose_proto import inference_pb2_grpc as rpc
 Part = Literal["overhead", "thrash", "cold", "thousand"]
 Figures = dict[str, list[float]]  # a value for each run, by what it is
 LOADS = 12  # in a run of `cold`
-WARM = 300  # adapters fetched before `thousand`, more than the device has room for
 SUPPORTS = 2  # different supports among the adapters; values differ everywhere
 
 # part, what is shown, the figure, what it is divided by run by run, what the median should be
@@ -356,8 +355,8 @@ class Bench:
             worked = serving("processor_seconds") - worked
             figures[f"economy {kind}"].append(len(answers) * load["tokens"] / worked)
 
-        for kind, number in kinds.items():  # the device full of what is asked for most
-            for rank in reversed(range(min(number, WARM))):
+        for kind, number in kinds.items():  # none is read for the first time in what counts
+            for rank in reversed(range(number)):
                 await clients[kind].fetch(f"of{kind}-{rank}")
             await run(kind)
         figures.clear()

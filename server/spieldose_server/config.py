@@ -25,7 +25,7 @@ class ServerConfig:
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations
     adapter_memory: int = 2 << 30  # bytes of device memory for resident adapters
     host_memory: int = 2 << 30  # bytes of host memory for adapters ready to be copied there
-    max_adapters: int = 256  # adapters resident at once
+    max_adapters: int = 1024  # adapters resident at once, whatever their size
     kv_tokens: int = 16384  # tokens of KV cache, shared by all running requests
     max_batch_tokens: int = 512  # of one forward pass; a longer prompt takes several
     max_batch_requests: int = 64  # requests of one forward pass
