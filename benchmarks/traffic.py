@@ -58,10 +58,13 @@ LINES = (
     ("overhead", "the same of the server's processor time", "streaming 1 cpu", "", ""),
     ("overhead", "8 requests: over gRPC / engine, time", "gRPC 8", "engine 8", ""),
     ("thrash", "first token, median: 16 adapters / 8, room for 8", "median 16", "median 8", "<= 3"),
-    ("thrash", "first token, mean: the same", "mean 16", "mean 8", ""),
+    ("thrash", "the same, 8 clients over the 8", "median 16", "median 8 alone", "<= 3"),
+    ("thrash", "first token, mean: 16 adapters / 8", "mean 16", "mean 8", ""),
     ("thrash", "first token, 95th percentile: the same", "p95 16", "p95 8", ""),
     ("thrash", "answers a second: the same", "rate 16", "rate 8", ""),
-    ("thrash", "first token, median: 8 adapters, s", "median 8", "", ""),
+    ("thrash", "first token, median: 16 clients over 8, s", "median 8", "", ""),
+    ("thrash", "first token, median: 8 clients over 8, s", "median 8 alone", "", ""),
+    ("thrash", "adapters evicted in a run, 16 adapters", "evictions 16", "", ""),
     ("cold", "between tokens, p99: while one loads / otherwise", "p99 load", "p99", "<= 1.2"),
     ("cold", "between tokens, median: the same", "median load", "median", ""),
     ("cold", "between tokens, p99: otherwise, s", "p99", "", ""),
@@ -252,34 +255,39 @@ class Bench:
         return load, others.share()
 
     async def _thrash(self, stack: ExitStack, figures: Figures) -> Any:
-        """Compare 16 clients over 16 adapters with 16 over 8, where 8 have room."""
+        """Compare 16 clients over 16 adapters with 16, and with 8, over 8, where 8 have room."""
         arguments = self._arguments
-        load = {"clients": 16, "prompt": 64, "tokens": 16}
+        load = {"prompt": 64, "tokens": 16}
+        kinds = {"8 alone": (8, 8), "8": (16, 8), "16": (16, 16)}  # clients, adapters
         directory = self._discs.write("thrash", 16, arguments.density)
         serving = self._serve(stack, directory, max_adapters=8)
         clients = Clients(serving("address"))
 
-        async def run(adapters: int) -> None:
+        async def run(kind: str) -> None:
+            number, adapters = kinds[kind]
             evicted = serving("evictions")
             begin = time.perf_counter()
             answers = await clients.traffic(
-                lambda number: f"thrash{number % adapters}", seconds=arguments.seconds, **load
+                lambda client: f"thrash{client % adapters}",
+                clients=number,
+                seconds=arguments.seconds,
+                **load,
             )
             waits = [answer.wait for answer in answers]
-            figures[f"median {adapters}"].append(statistics.median(waits))
-            figures[f"mean {adapters}"].append(statistics.mean(waits))
-            figures[f"p95 {adapters}"].append(quantile(waits, 0.95))
-            figures[f"rate {adapters}"].append(len(answers) / (time.perf_counter() - begin))
-            figures[f"answers {adapters}"].append(len(answers))
-            figures[f"evictions {adapters}"].append(serving("evictions") - evicted)
+            figures[f"median {kind}"].append(statistics.median(waits))
+            figures[f"mean {kind}"].append(statistics.mean(waits))
+            figures[f"p95 {kind}"].append(quantile(waits, 0.95))
+            figures[f"rate {kind}"].append(len(answers) / (time.perf_counter() - begin))
+            figures[f"answers {kind}"].append(len(answers))
+            figures[f"evictions {kind}"].append(serving("evictions") - evicted)
 
-        for adapters in (16, 8):  # warm up
-            await run(adapters)
+        for kind in reversed(kinds):  # warm up
+            await run(kind)
         figures.clear()
         others = Neighbours([serving.pid])
         for _ in range(arguments.rounds):
-            for adapters in (8, 16, 16, 8):
-                await run(adapters)
+            for kind in (*kinds, *reversed(kinds)):
+                await run(kind)
         return load | {"room": 8, "density": arguments.density}, others.share()
 
     async def _cold(self, stack: ExitStack, figures: Figures) -> Any:
