@@ -85,26 +85,25 @@ class Packing:
             records[module], size = _place(self._plans[module], shape, dtype, size)
         memory = torch.zeros(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
         self.packed = PackedAdapter(memory, records)
+        self._sliced = {}
         for module, (places, _, _, starts) in self._plans.items():
             at = records[module][3]
             memory[at : at + starts.nbytes] = torch.from_numpy(starts.view(np.uint8))
-            fill_rows(places, self._sliced(module).rows.numpy())
+            sliced = view(memory, records[module], shape=self._shapes[module], dtype=dtype)
+            fill_rows(places, sliced.rows.numpy())
+            self._sliced[module] = sliced
 
     def add_columns(self, module: str, first: int, columns: torch.Tensor) -> None:
         """Take the columns from entry `first` on."""
-        out = self._sliced(module).columns.numpy()
+        out = self._sliced[module].columns.numpy()
         fill_columns(*self._where(module), first, columns.numpy(), out)
 
     def add_values(self, module: str, first: int, values: torch.Tensor) -> None:
         """Take the values from entry `first` on."""
-        out = self._sliced(module).values
+        out = self._sliced[module].values
         if self._dtype == torch.bfloat16:
             out = out.view(torch.uint16)
         fill_values(*self._where(module), first, values.float().numpy(), out.numpy())
-
-    def _sliced(self, module: str) -> SlicedDelta:
-        record, shape = self.packed.records[module], self._shapes[module]
-        return view(self.packed.memory, record, shape=shape, dtype=self._dtype)
 
     def _where(self, module: str) -> tuple[Array, Array, int, Array]:
         places, _, wide, starts = self._plans[module]
