@@ -71,7 +71,8 @@ class Residency:
     @property
     def host_bytes(self) -> int:
         """Return how much host memory packed adapters take."""
-        return sum(packed.nbytes for packed in self._host.values())
+        held = tuple(self._host.values())  # in one piece: who scrapes metrics is another thread
+        return sum(packed.nbytes for packed in held)
 
     async def load(self, version: Version) -> None:
         """Wait until a version is on the device, to stay until it has played.

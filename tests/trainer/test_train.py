@@ -1,7 +1,9 @@
 """Whole runs on the tiny model: they learn, write a file, stop, and go on where they stopped."""
 
+import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -274,9 +276,12 @@ def test_a_setting_out_of_range_is_named_with_its_value(
 def test_the_command_explains_every_setting() -> None:
     done = spieldose("train", "--help")
     assert done.returncode == 0
-    assert "--density" in done.stdout
     said = " ".join(done.stdout.replace("│", "").split())
-    assert "share of the target layers' weights that may change" in said
+    for field in dataclasses.fields(TrainConfig):
+        flag = field.name.replace("_", "-")
+        kind = r"(?:, --no-\S+|(?: \{[^}]*\})?(?:\|?[A-Z]+)?| \[STR \[STR \.\.\.\]\]| [A-Z]+)"
+        found = re.findall(rf"--{flag}{kind} (.*?)\((?:default|required)", said)
+        assert any(found), flag
 
 
 def test_the_command_refuses_a_missing_data_file_in_one_line(configure: Configure) -> None:

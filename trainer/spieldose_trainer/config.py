@@ -55,9 +55,7 @@ class TrainConfig:
     accumulation: int = 1  # forward passes per update
     max_length: int = 1024  # tokens of an example
     too_long: Literal["refuse", "truncate"] = "refuse"  # what happens to a longer example
-    chat_template: Path | None = (
-        None  # Jinja file for `messages`, kept in the delta; none: the base's
-    )
+    chat_template: Path | None = None  # Jinja file for `messages`, kept in OUT; none: the base's
     packing: bool = False  # several examples in a row of max_length, none of which sees another
     learning_rate: float | None = None  # peak
     warmup: float = 0.03  # share of the updates over which the learning rate rises
@@ -77,9 +75,7 @@ class TrainConfig:
     initial_rate: float = 0.2  # share replaced by the second; falls to 0 at the end (r0)
     rate_schedule: Literal["linear", "cosine"] = "linear"  # how that share falls
     drop: Literal["smallest", "least-changed"] = "smallest"  # |δ|, or since the last reselection
-    growth: Literal["gradient", "correlation"] = (
-        "gradient"  # the largest, or by norms of in and out
-    )
+    growth: Literal["gradient", "correlation"] = "gradient"  # correlation: over the factors' norms
     seed_momentum: bool = True  # a grown entry's momentum is its mean gradient so far, otherwise 0
     allocation: Literal["layer", "global"] = "layer"  # compare scores within layers or overall
     fisher_data: Path | None = None  # text for the Fisher scores; none: the training data
