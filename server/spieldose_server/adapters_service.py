@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from spieldose_proto import inference_pb2 as pb
 from spieldose_proto import inference_pb2_grpc as rpc
 from spieldose_server import wire
+from spieldose_server.access import CALLER
 from spieldose_server.directory import AdapterDirectory
 from spieldose_server.errors import InvalidRequest
 from spieldose_server.statuses import Context, answering
@@ -23,9 +24,10 @@ class AdaptersService(rpc.AdaptersServicer):
     async def List(
         self, request: pb.ListAdaptersRequest, context: Context
     ) -> pb.ListAdaptersResponse:
-        """Return a page of the versions the server knows."""
+        """Return a page of the versions that the caller may know of."""
         size = min(request.page_size or PAGE_SIZE, PAGE_SIZE)
-        rest = [version for version in self._store.list() if version.name > request.page_token]
+        caller, after = CALLER.get(), request.page_token
+        rest = [v for v in self._store.list() if v.name > after and caller.may_see(v.name)]
         last = rest[size - 1].name if len(rest) > size else ""
         page = [version for version in rest if version.name <= last] if last else rest
         return pb.ListAdaptersResponse(
@@ -36,12 +38,14 @@ class AdaptersService(rpc.AdaptersServicer):
     async def Get(self, request: pb.GetAdapterRequest, context: Context) -> pb.Adapter:
         """Return one adapter."""
         async with answering(context):
+            CALLER.get().check_see(request.adapter_id)
             return wire.adapter(self._store.get(request.adapter_id))
         raise AssertionError("aborted")
 
     async def Load(self, request: pb.LoadAdapterRequest, context: Context) -> pb.Adapter:
         """Take up an adapter's file now."""
         async with answering(context):
+            CALLER.get().check_admin()
             await self._directory.load(request.adapter_id)
             return wire.adapter(self._store.newest(request.adapter_id))
         raise AssertionError("aborted")
@@ -51,6 +55,7 @@ class AdaptersService(rpc.AdaptersServicer):
     ) -> pb.UnloadAdapterResponse:
         """Stop serving an adapter."""
         async with answering(context):
+            CALLER.get().check_admin()
             await self._directory.unload(request.adapter_id)
             return pb.UnloadAdapterResponse()
         raise AssertionError("aborted")
@@ -58,14 +63,17 @@ class AdaptersService(rpc.AdaptersServicer):
     async def Watch(
         self, request: pb.WatchAdaptersRequest, context: Context
     ) -> AsyncIterator[pb.AdapterEvent]:
-        """Stream every version's state, then what changes."""
+        """Stream the state of every version the caller may know of, then what changes."""
+        caller = CALLER.get()
         with self._store.watching() as watcher:
             async for version, gone in watcher:
-                yield pb.AdapterEvent(adapter=wire.adapter(version), gone=gone)
+                if caller.may_see(version.name):
+                    yield pb.AdapterEvent(adapter=wire.adapter(version), gone=gone)
 
     async def Pin(self, request: pb.PinAdapterRequest, context: Context) -> pb.Adapter:
         """Bring an adapter to the device and keep it there."""
         async with answering(context):
+            CALLER.get().check_admin()
             with self._store.lease(_named(request.adapter_id)) as lease:
                 assert lease is not None
                 version = await lease.ready()
@@ -76,6 +84,7 @@ class AdaptersService(rpc.AdaptersServicer):
     async def Unpin(self, request: pb.UnpinAdapterRequest, context: Context) -> pb.Adapter:
         """Let an adapter be evicted again."""
         async with answering(context):
+            CALLER.get().check_admin()
             version = self._store.get(_named(request.adapter_id))
             self._store.pin(version.name, pinned=False)
             return wire.adapter(version)

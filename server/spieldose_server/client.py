@@ -1,6 +1,6 @@
 """A client for Python programs; the command line uses it too."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -43,9 +43,11 @@ class Client:
     ...         print(text, end="")
     """
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, *, tenant: str = "") -> None:
-        """Connect; `tenant` names who asks, for the server's fair turns."""
-        self._metadata = ((TENANT, tenant),)
+    def __init__(
+        self, address: str = DEFAULT_ADDRESS, *, tenant: str = "", token: str = ""
+    ) -> None:
+        """Connect; a token proves who asks, `tenant` just says so to a server without tokens."""
+        self._metadata = ((TENANT, tenant), *_bearer(token))
         self._channel = grpc.insecure_channel(
             address, options=[("grpc.max_receive_message_length", MESSAGE_BYTES)]
         )
@@ -114,14 +116,14 @@ class Client:
 
     def model(self) -> pb.ModelInfo:
         """Return what the server runs. Raises ClientError."""
-        return _raising(self.inference.GetModelInfo, pb.GetModelInfoRequest(), pb.ModelInfo)
+        return self._call(self.inference.GetModelInfo, pb.GetModelInfoRequest(), pb.ModelInfo)
 
     def adapters(self) -> list[pb.Adapter]:
         """Return every adapter version the server knows. Raises ClientError."""
         found: list[pb.Adapter] = []
         request = pb.ListAdaptersRequest()
         while True:
-            page = _raising(self._adapters.List, request, pb.ListAdaptersResponse)
+            page = self._call(self._adapters.List, request, pb.ListAdaptersResponse)
             found.extend(page.adapters)
             if not page.next_page_token:
                 return found
@@ -129,15 +131,15 @@ class Client:
 
     def adapter(self, name: str) -> pb.Adapter:
         """Return one adapter. Raises ClientError."""
-        return _raising(self._adapters.Get, pb.GetAdapterRequest(adapter_id=name), pb.Adapter)
+        return self._call(self._adapters.Get, pb.GetAdapterRequest(adapter_id=name), pb.Adapter)
 
     def load(self, name: str) -> pb.Adapter:
         """Have the server take up NAME.safetensors now. Raises ClientError."""
-        return _raising(self._adapters.Load, pb.LoadAdapterRequest(adapter_id=name), pb.Adapter)
+        return self._call(self._adapters.Load, pb.LoadAdapterRequest(adapter_id=name), pb.Adapter)
 
     def unload(self, name: str) -> None:
         """Have the server stop serving an adapter. Raises ClientError."""
-        _raising(
+        self._call(
             self._adapters.Unload,
             pb.UnloadAdapterRequest(adapter_id=name),
             pb.UnloadAdapterResponse,
@@ -145,15 +147,23 @@ class Client:
 
     def pin(self, name: str) -> pb.Adapter:
         """Have the server bring an adapter to the device and keep it there. Raises ClientError."""
-        return _raising(self._adapters.Pin, pb.PinAdapterRequest(adapter_id=name), pb.Adapter)
+        return self._call(self._adapters.Pin, pb.PinAdapterRequest(adapter_id=name), pb.Adapter)
 
     def unpin(self, name: str) -> pb.Adapter:
         """Let the server evict an adapter again. Raises ClientError."""
-        return _raising(self._adapters.Unpin, pb.UnpinAdapterRequest(adapter_id=name), pb.Adapter)
+        return self._call(self._adapters.Unpin, pb.UnpinAdapterRequest(adapter_id=name), pb.Adapter)
 
     def watch(self) -> Iterator[pb.AdapterEvent]:
         """Yield every version's state, then changes, until it is closed. Raises ClientError."""
-        return _streaming(self._adapters.Watch(pb.WatchAdaptersRequest()))
+        return _streaming(self._adapters.Watch(pb.WatchAdaptersRequest(), metadata=self._metadata))
+
+    def _call(self, method: Any, request: object, answer: type[Answer]) -> Answer:
+        try:
+            response = method(request, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise ClientError(error) from None
+        assert isinstance(response, answer)
+        return response
 
     def _responses(
         self,
@@ -194,10 +204,5 @@ def _streaming(call: Any) -> Iterator[Any]:
         call.cancel()
 
 
-def _raising(method: Callable[[Any], Any], request: object, answer: type[Answer]) -> Answer:
-    try:
-        response = method(request)
-    except grpc.RpcError as error:
-        raise ClientError(error) from None
-    assert isinstance(response, answer)
-    return response
+def _bearer(token: str) -> tuple[tuple[str, str], ...]:
+    return (("authorization", f"Bearer {token}"),) if token else ()

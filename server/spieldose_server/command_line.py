@@ -1,4 +1,4 @@
-"""The `spieldose` command, and its `serve`, `generate` and `adapters`.
+"""The `spieldose` command, and its `serve`, `generate`, `adapters` and `token`.
 
 Commands are found by entry point, so that `spieldose train` works without this package importing
 the trainer. Heavy imports wait until a command's arguments are known to be right.
@@ -6,9 +6,11 @@ the trainer. Heavy imports wait until a command's arguments are known to be righ
 
 import asyncio
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import date, timedelta
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -87,7 +89,7 @@ def generate(arguments: Sequence[str]) -> None:
     names = "max_tokens temperature top_p top_k seed stop json_schema regex".split()
     given = {name: getattr(asked, name) for name in names if getattr(asked, name) is not None}
     prompt = [pb.ChatMessage(role="user", content=asked.prompt)] if asked.chat else asked.prompt
-    with Client(asked.server) as client:
+    with Client(asked.server, token=_token()) as client:
         sampling = pb.SamplingParams(**given)
         for text in client.stream(
             prompt, adapter=asked.adapter, sampling=sampling, timeout=asked.timeout
@@ -110,6 +112,26 @@ def adapters(arguments: Sequence[str]) -> None:
     tyro.extras.subcommand_cli_from_dict(commands, prog="spieldose adapters", args=arguments)
 
 
+def token(arguments: Sequence[str]) -> None:
+    """Make a tenant's token, and the line of the access file that lets it in."""
+    tyro.cli(_make_token, prog="spieldose token", args=arguments)
+
+
+def _make_token(*, days: int = 90) -> None:
+    """Make a tenant's token, and the line of the access file that lets it in for some days."""
+    from spieldose_server.access import hashed, make_token
+
+    made = make_token()
+    expires = date.today() + timedelta(days=days)
+    print(made)
+    print(f'tokens = [{{ sha256 = "{hashed(made)}", expires = {expires} }}]', file=sys.stderr)
+
+
+def _token() -> str:
+    """Return the caller's token; no flag, which everyone on the machine could read."""
+    return os.environ.get("SPIELDOSE_TOKEN", "")
+
+
 def _list(*, server: str = DEFAULT_ADDRESS) -> None:
     """List every adapter version the server knows."""
     from spieldose_server.client import Client
@@ -118,7 +140,7 @@ def _list(*, server: str = DEFAULT_ADDRESS) -> None:
     for heading in ("name", "version", "state", "density", "MB", "running"):
         table.add_column(heading, no_wrap=True)
     table.add_column("what", overflow="fold")
-    with Client(server) as client:
+    with Client(server, token=_token()) as client:
         for adapter in client.adapters():
             table.add_row(
                 adapter.name,
@@ -136,7 +158,7 @@ def _get(name: tyro.conf.Positional[str], *, server: str = DEFAULT_ADDRESS) -> N
     """Show one adapter."""
     from spieldose_server.client import Client
 
-    with Client(server) as client:
+    with Client(server, token=_token()) as client:
         print(client.adapter(name), end="")
 
 
@@ -144,7 +166,7 @@ def _watch(*, server: str = DEFAULT_ADDRESS) -> None:
     """Print every version's state, then what changes, until interrupted."""
     from spieldose_server.client import Client
 
-    with Client(server) as client:
+    with Client(server, token=_token()) as client:
         for event in client.watch():
             adapter = event.adapter
             state = "gone" if event.gone else _state(adapter.state)
@@ -155,7 +177,7 @@ def _load(name: tyro.conf.Positional[str], *, server: str = DEFAULT_ADDRESS) -> 
     """Take up NAME.safetensors from the server's directory now."""
     from spieldose_server.client import Client
 
-    with Client(server) as client:
+    with Client(server, token=_token()) as client:
         print(client.load(name), end="")
 
 
@@ -163,7 +185,7 @@ def _unload(name: tyro.conf.Positional[str], *, server: str = DEFAULT_ADDRESS) -
     """Stop serving an adapter; its running requests finish."""
     from spieldose_server.client import Client
 
-    with Client(server) as client:
+    with Client(server, token=_token()) as client:
         client.unload(name)
 
 
@@ -171,7 +193,7 @@ def _pin(name: tyro.conf.Positional[str], *, server: str = DEFAULT_ADDRESS) -> N
     """Bring an adapter to the device and keep it there."""
     from spieldose_server.client import Client
 
-    with Client(server) as client:
+    with Client(server, token=_token()) as client:
         print(client.pin(name), end="")
 
 
@@ -179,7 +201,7 @@ def _unpin(name: tyro.conf.Positional[str], *, server: str = DEFAULT_ADDRESS) ->
     """Let an adapter be evicted again."""
     from spieldose_server.client import Client
 
-    with Client(server) as client:
+    with Client(server, token=_token()) as client:
         print(client.unpin(name), end="")
 
 

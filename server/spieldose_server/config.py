@@ -20,6 +20,7 @@ class ServerConfig:
     adapters: Path  # directory of delta files; NAME.safetensors is served as NAME
     listen: str = DEFAULT_ADDRESS  # address and port; port 0 takes a free one
     metrics_listen: str = ""  # the same for Prometheus, over HTTP; empty: no metrics
+    access: str = ""  # TOML file of tenants, their tokens and adapters; empty: all may do all
 
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda when there is one
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations

@@ -13,6 +13,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from spieldose_server.access import Access
 from spieldose_server.config import ServerConfig
 from spieldose_server.errors import ConfigError
 
@@ -56,8 +57,11 @@ def flags(path: Path) -> list[str]:
 
 
 def checked(config: ServerConfig) -> str:
-    """Return what a server of these settings would serve. Raises BaseError."""
+    """Return what a server of these settings would serve. Raises BaseError or ConfigError."""
     from spieldose_kernels.checkpoint import target_shapes  # heavy
+
+    if config.access:
+        Access(Path(config.access))
 
     what = config.base
     if Path(config.base).is_dir():

@@ -15,7 +15,7 @@ from watchfiles import awatch
 
 from spieldose_kernels.delta_file import SUFFIX
 from spieldose_kernels.errors import DeltaError, TruncatedDelta
-from spieldose_server.errors import AdapterTooLarge, RejectedAdapter, UnknownAdapter
+from spieldose_server.errors import AdapterTooLarge, NoSuchFile, RejectedAdapter
 from spieldose_server.files import AdapterFiles, Description, FileChanged, Stamp
 from spieldose_server.store import AdapterStore
 from spieldose_server.versions import State, Version
@@ -115,11 +115,11 @@ class AdapterDirectory:
         return bool(self._seen)
 
     async def load(self, name: str) -> None:
-        """Take up a file now. Raises UnknownAdapter if it is not there, RejectedAdapter if bad."""
+        """Take up a file now. Raises NoSuchFile if it is not there, RejectedAdapter if bad."""
         async with self._busy:
             found = await asyncio.to_thread(self._files.scan)
             if name not in found:
-                raise UnknownAdapter(f"expected {name}{SUFFIX} in the adapter directory, got none")
+                raise NoSuchFile(f"expected {name}{SUFFIX} in the adapter directory, got none")
             await self._take(name, found[name])
         newest = self._store.newest(name)
         if newest.state is State.REJECTED:

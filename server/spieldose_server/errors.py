@@ -4,7 +4,10 @@ SpieldoseError
 └── ServerError                INTERNAL
     ├── ConfigError            (never leaves the process)
     ├── InvalidRequest         INVALID_ARGUMENT, names the field
+    ├── Unauthenticated        UNAUTHENTICATED
+    ├── Forbidden              PERMISSION_DENIED
     ├── UnknownAdapter         NOT_FOUND
+    ├── NoSuchFile             NOT_FOUND
     ├── RejectedAdapter        FAILED_PRECONDITION
     ├── AdapterTooLarge        FAILED_PRECONDITION
     ├── UnreadableAdapter      UNAVAILABLE
@@ -38,8 +41,29 @@ class InvalidRequest(ServerError):
         self.problem = str(self).removeprefix(f"{field}: ")
 
 
+class Unauthenticated(ServerError):
+    """Nobody knows who asks."""
+
+    code = grpc.StatusCode.UNAUTHENTICATED
+
+
+class Forbidden(ServerError):
+    """Who asks may not do that."""
+
+    code = grpc.StatusCode.PERMISSION_DENIED
+
+
 class UnknownAdapter(ServerError):
-    """No adapter of that name is served."""
+    """No adapter of that name is served, as far as who asks may know."""
+
+    code = grpc.StatusCode.NOT_FOUND
+
+    def __init__(self, adapter_id: str) -> None:
+        super().__init__(f"expected a served adapter, got {adapter_id!r}")
+
+
+class NoSuchFile(ServerError):
+    """There is no delta file of that name."""
 
     code = grpc.StatusCode.NOT_FOUND
 

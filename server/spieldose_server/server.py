@@ -5,6 +5,7 @@ import contextlib
 import logging
 import signal
 from functools import partial
+from pathlib import Path
 from wsgiref.simple_server import WSGIServer
 
 import grpc
@@ -17,8 +18,10 @@ from prometheus_client import start_http_server
 from spieldose_kernels.base import Base, load_base, pick_compute_dtype, pick_device
 from spieldose_proto import inference_pb2 as pb
 from spieldose_proto import inference_pb2_grpc as rpc
+from spieldose_server.access import Access
 from spieldose_server.adapters_service import AdaptersService
 from spieldose_server.admission import Admission, Limits
+from spieldose_server.authenticate import Authenticate
 from spieldose_server.config import MESSAGE_BYTES, ServerConfig
 from spieldose_server.directory import AdapterDirectory
 from spieldose_server.engine import Engine
@@ -71,6 +74,7 @@ class Server:
 
     def __init__(self, base: Base, config: ServerConfig) -> None:
         self.config = config
+        access = Access(Path(config.access)) if config.access else None
         self.engine = apart(partial(Engine, base, config))
         self._loader = loader()
         slab = self.engine.slab
@@ -81,7 +85,7 @@ class Server:
         self.port = 0  # known once started
         self._health = aio_health.HealthServicer()
         self._grpc = grpc.aio.server(
-            interceptors=[RefuseMalformed()],
+            interceptors=[Authenticate(access), RefuseMalformed()],
             options=[
                 ("grpc.max_receive_message_length", MESSAGE_BYTES),
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),

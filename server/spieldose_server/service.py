@@ -13,8 +13,9 @@ from spieldose_kernels.base import Base
 from spieldose_proto import inference_pb2 as pb
 from spieldose_proto import inference_pb2_grpc as rpc
 from spieldose_server import wire
+from spieldose_server.access import CALLER
 from spieldose_server.admission import Admission, Tenant, Turn
-from spieldose_server.config import TENANT, ServerConfig
+from spieldose_server.config import ServerConfig
 from spieldose_server.constraint import Constraint, Grammars
 from spieldose_server.engine import Engine
 from spieldose_server.errors import InvalidRequest
@@ -30,8 +31,7 @@ from spieldose_server.versions import Version
 
 log = logging.getLogger(__name__)
 
-MAX_TENANT = 128  # characters
-MAX_REQUEST_ID = 128  # the same; every chunk carries it
+MAX_REQUEST_ID = 128  # characters; every chunk carries it
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +76,14 @@ class InferenceService(rpc.InferenceServicer):
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncIterator[pb.GenerateResponse]:
         """Stream chunks, then one completion."""
+        caller = CALLER.get()
         async with answering(context):
             with (
                 self._metrics.request() as observed,
-                self._admission.accept(_tenant(context)) as tenant,
+                self._admission.accept(caller.tenant) as tenant,
                 ExitStack() as stack,
             ):
+                caller.check_play(request.adapter_id)
                 count = max(1, min(request.sampling_params.n, MAX_ANSWERS))
                 leases = [
                     stack.enter_context(self._store.lease(request.adapter_id)) for _ in range(count)
@@ -168,7 +170,8 @@ class InferenceService(rpc.InferenceServicer):
         """Return the tokens Generate would see."""
         async with answering(context):
             field, prompt = wire.prompt(request)
-            asked = request.adapter_id
+            if asked := request.adapter_id:
+                CALLER.get().check_play(asked)
             template = _template(self._store.resolve(asked) if asked else None)
             tokens = await self._prompts.tokens(field, prompt, template=template)
             return pb.TokenizeResponse(token_ids=tokens)
@@ -216,12 +219,3 @@ def _template(version: Version | None) -> str:
     """Return an adapter's own chat template, "" if it has none."""
     description = None if version is None else version.description
     return "" if description is None else description.info.chat_template
-
-
-def _tenant(context: Context) -> str:
-    """Return who asks, from the call's metadata; "" is a tenant too. Raises InvalidRequest."""
-    given = [value for key, value in context.invocation_metadata() or () if key == TENANT]
-    name = str(given[0]) if given else ""
-    if len(name) > MAX_TENANT:
-        raise InvalidRequest(TENANT, f"expected at most {MAX_TENANT} characters, got {len(name)}")
-    return name

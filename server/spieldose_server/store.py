@@ -58,13 +58,13 @@ class AdapterStore:
         for versions in (self._current, self._newer):
             if name in versions and _matches(versions[name], adapter_id):
                 return versions[name]
-        raise _unknown(adapter_id)
+        raise UnknownAdapter(adapter_id)
 
     def newest(self, name: str) -> Version:
         """Return the version of a name's newest file, rejected or not. Raises UnknownAdapter."""
         version = self._newer.get(name) or self._current.get(name)
         if version is None:
-            raise _unknown(name)
+            raise UnknownAdapter(name)
         return version
 
     @contextmanager
@@ -94,9 +94,9 @@ class AdapterStore:
             newer = self._newer.get(name)
             if newer is not None and newer.state is State.REJECTED:
                 raise RejectedAdapter(f"adapter {name!r} was rejected: {newer.reason}")
-            raise _unknown(adapter_id)
+            raise UnknownAdapter(adapter_id)
         if not _matches(version, adapter_id):
-            raise _unknown(adapter_id)
+            raise UnknownAdapter(adapter_id)
         return version
 
     async def load(self, version: Version) -> None:
@@ -259,7 +259,7 @@ class Lease:
             self.end()
             self._hold(newest)
         if not _matches(self.version, self._id):
-            raise _unknown(self._id)
+            raise UnknownAdapter(self._id)
         return self.version
 
     def end(self) -> None:
@@ -318,7 +318,3 @@ def _matches(version: Version, adapter_id: str) -> bool:
     if not at:
         return True
     return len(digest) >= DIGEST_SHOWN and (not version.digest or version.digest.startswith(digest))
-
-
-def _unknown(adapter_id: str) -> UnknownAdapter:
-    return UnknownAdapter(f"expected a served adapter, got {adapter_id!r}")
