@@ -44,12 +44,23 @@ class Client:
     """
 
     def __init__(
-        self, address: str = DEFAULT_ADDRESS, *, tenant: str = "", token: str = ""
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        tenant: str = "",
+        token: str = "",
+        credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
-        """Connect; a token proves who asks, `tenant` just says so to a server without tokens."""
+        """Connect, by TLS if there are credentials (`grpc.ssl_channel_credentials`).
+
+        A token proves who asks; `tenant` just says so to a server without tokens.
+        """
         self._metadata = ((TENANT, tenant), *_bearer(token))
-        self._channel = grpc.insecure_channel(
-            address, options=[("grpc.max_receive_message_length", MESSAGE_BYTES)]
+        options = [("grpc.max_receive_message_length", MESSAGE_BYTES)]
+        self._channel = (
+            grpc.insecure_channel(address, options)
+            if credentials is None
+            else grpc.secure_channel(address, credentials, options)
         )
         self.inference = rpc.InferenceStub(self._channel)
         self._adapters = rpc.AdaptersStub(self._channel)

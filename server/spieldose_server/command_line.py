@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
 from importlib.metadata import entry_points
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import tyro
 from rich.console import Console
@@ -21,6 +22,10 @@ from rich.table import Table
 from spieldose_kernels.errors import SpieldoseError
 from spieldose_server.config import DEFAULT_ADDRESS, DIGEST_SHOWN
 from spieldose_server.config_file import ServeArguments, checked, with_file
+from spieldose_server.errors import ConfigError
+
+if TYPE_CHECKING:
+    from spieldose_server.client import Client
 
 Command = Callable[[Sequence[str]], None]
 
@@ -84,12 +89,11 @@ def generate(arguments: Sequence[str]) -> None:
     """Generate text with an adapter and stream it to the terminal."""
     asked = tyro.cli(GenerateArguments, prog="spieldose generate", args=arguments)
     from spieldose_proto import inference_pb2 as pb
-    from spieldose_server.client import Client
 
     names = "max_tokens temperature top_p top_k seed stop json_schema regex".split()
     given = {name: getattr(asked, name) for name in names if getattr(asked, name) is not None}
     prompt = [pb.ChatMessage(role="user", content=asked.prompt)] if asked.chat else asked.prompt
-    with Client(asked.server, token=_token()) as client:
+    with _client(asked.server) as client:
         sampling = pb.SamplingParams(**given)
         for text in client.stream(
             prompt, adapter=asked.adapter, sampling=sampling, timeout=asked.timeout
@@ -127,20 +131,28 @@ def _make_token(*, days: int = 90) -> None:
     print(f'tokens = [{{ sha256 = "{hashed(made)}", expires = {expires} }}]', file=sys.stderr)
 
 
-def _token() -> str:
-    """Return the caller's token; no flag, which everyone on the machine could read."""
-    return os.environ.get("SPIELDOSE_TOKEN", "")
+def _client(server: str) -> "Client":
+    """Connect as the environment says: a flag with a token could be read by all on the machine."""
+    import grpc
+
+    from spieldose_server.client import Client
+
+    files = [os.environ.get(f"SPIELDOSE_{name}") for name in ("CA", "KEY", "CERTIFICATE")]
+    try:
+        pem = [Path(file).read_bytes() if file else None for file in files]
+    except OSError as error:
+        raise ConfigError(f"expected a readable PEM file, got: {error}") from error
+    credentials = grpc.ssl_channel_credentials(*pem) if any(pem) else None
+    return Client(server, token=os.environ.get("SPIELDOSE_TOKEN", ""), credentials=credentials)
 
 
 def _list(*, server: str = DEFAULT_ADDRESS) -> None:
     """List every adapter version the server knows."""
-    from spieldose_server.client import Client
-
     table = Table(box=None)
     for heading in ("name", "version", "state", "density", "MB", "running"):
         table.add_column(heading, no_wrap=True)
     table.add_column("what", overflow="fold")
-    with Client(server, token=_token()) as client:
+    with _client(server) as client:
         for adapter in client.adapters():
             table.add_row(
                 adapter.name,
@@ -156,17 +168,13 @@ def _list(*, server: str = DEFAULT_ADDRESS) -> None:
 
 def _get(name: tyro.conf.Positional[str], *, server: str = DEFAULT_ADDRESS) -> None:
     """Show one adapter."""
-    from spieldose_server.client import Client
-
-    with Client(server, token=_token()) as client:
+    with _client(server) as client:
         print(client.adapter(name), end="")
 
 
 def _watch(*, server: str = DEFAULT_ADDRESS) -> None:
     """Print every version's state, then what changes, until interrupted."""
-    from spieldose_server.client import Client
-
-    with Client(server, token=_token()) as client:
+    with _client(server) as client:
         for event in client.watch():
             adapter = event.adapter
             state = "gone" if event.gone else _state(adapter.state)
@@ -175,33 +183,25 @@ def _watch(*, server: str = DEFAULT_ADDRESS) -> None:
 
 def _load(name: tyro.conf.Positional[str], *, server: str = DEFAULT_ADDRESS) -> None:
     """Take up NAME.safetensors from the server's directory now."""
-    from spieldose_server.client import Client
-
-    with Client(server, token=_token()) as client:
+    with _client(server) as client:
         print(client.load(name), end="")
 
 
 def _unload(name: tyro.conf.Positional[str], *, server: str = DEFAULT_ADDRESS) -> None:
     """Stop serving an adapter; its running requests finish."""
-    from spieldose_server.client import Client
-
-    with Client(server, token=_token()) as client:
+    with _client(server) as client:
         client.unload(name)
 
 
 def _pin(name: tyro.conf.Positional[str], *, server: str = DEFAULT_ADDRESS) -> None:
     """Bring an adapter to the device and keep it there."""
-    from spieldose_server.client import Client
-
-    with Client(server, token=_token()) as client:
+    with _client(server) as client:
         print(client.pin(name), end="")
 
 
 def _unpin(name: tyro.conf.Positional[str], *, server: str = DEFAULT_ADDRESS) -> None:
     """Let an adapter be evicted again."""
-    from spieldose_server.client import Client
-
-    with Client(server, token=_token()) as client:
+    with _client(server) as client:
         print(client.unpin(name), end="")
 
 

@@ -20,6 +20,9 @@ class ServerConfig:
     adapters: Path  # directory of delta files; NAME.safetensors is served as NAME
     listen: str = DEFAULT_ADDRESS  # address and port; port 0 takes a free one
     metrics_listen: str = ""  # the same for Prometheus, over HTTP; empty: no metrics
+    tls_certificate: str = ""  # PEM file of the server's certificate and its chain; empty: no TLS
+    tls_key: str = ""  # PEM file of its key; both are read again once they change
+    tls_client_ca: str = ""  # PEM file; clients must have certificates of these authorities
     access: str = ""  # TOML file of tenants, their tokens and adapters; empty: all may do all
 
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda when there is one
@@ -55,5 +58,9 @@ class ServerConfig:
         for name in ("drain_seconds", "tenant_tokens_per_second"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        if bool(self.tls_certificate) != bool(self.tls_key):
+            raise ConfigError("tls_certificate and tls_key: expected both or none, got one")
+        if self.tls_client_ca and not self.tls_certificate:
+            raise ConfigError("tls_client_ca: expected a tls_certificate beside it, got none")
         if not self.adapters.is_dir():
             raise ConfigError(f"adapters must be a directory, got {self.adapters}")

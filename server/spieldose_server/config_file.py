@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from spieldose_server.access import Access
 from spieldose_server.config import ServerConfig
 from spieldose_server.errors import ConfigError
+from spieldose_server.tls import Certificates
 
 MEANING = re.compile(r"    (\w+): [^#]*  # (.+)")  # a field of a dataclass, and its comment
 
@@ -62,6 +63,7 @@ def checked(config: ServerConfig) -> str:
 
     if config.access:
         Access(Path(config.access))
+    Certificates.of(config)
 
     what = config.base
     if Path(config.base).is_dir():

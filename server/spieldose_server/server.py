@@ -34,6 +34,7 @@ from spieldose_server.residency import Residency
 from spieldose_server.service import InferenceService
 from spieldose_server.store import AdapterStore
 from spieldose_server.threads import apart, loader
+from spieldose_server.tls import Certificates
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ class Server:
     def __init__(self, base: Base, config: ServerConfig) -> None:
         self.config = config
         access = Access(Path(config.access)) if config.access else None
+        self._certificates = Certificates.of(config)
         self.engine = apart(partial(Engine, base, config))
         self._loader = loader()
         slab = self.engine.slab
@@ -119,7 +121,11 @@ class Server:
     async def start(self) -> None:
         """Take up the adapters, open the port, report healthy. Raises ConfigError."""
         try:
-            self.port = self._grpc.add_insecure_port(self.config.listen)
+            if self._certificates is None:
+                self.port = self._grpc.add_insecure_port(self.config.listen)
+            else:
+                credentials = self._certificates.credentials()
+                self.port = self._grpc.add_secure_port(self.config.listen, credentials)
         except RuntimeError as error:
             raise ConfigError(
                 f"expected a free address to listen on, got {self.config.listen}"

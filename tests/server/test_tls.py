@@ -1,0 +1,169 @@
+"""TLS on a real socket: certificates change while streams run, strangers stay out."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import trustme
+
+from spieldose_proto import inference_pb2 as pb
+from spieldose_server.client import Client, ClientError
+from spieldose_server.command_line import generate
+from spieldose_server.config import ServerConfig
+from spieldose_server.errors import ConfigError
+from spieldose_server.tls import Certificates
+
+from ..conftest import Running
+
+LONG = pb.SamplingParams(max_tokens=300, min_tokens=300)
+SHORT = pb.SamplingParams(max_tokens=3)
+
+
+@dataclass(frozen=True)
+class Files:
+    """Hold where a server's certificate lies, and put others there."""
+
+    directory: Path
+
+    @property
+    def settings(self) -> dict[str, str]:
+        return {
+            "tls_certificate": str(self.directory / "server.pem"),
+            "tls_key": str(self.directory / "server.key"),
+        }
+
+    def certificate(self, issued: trustme.LeafCert) -> None:
+        chain = b"".join(blob.bytes() for blob in issued.cert_chain_pems)
+        (self.directory / "server.pem").write_bytes(chain)
+
+    def key(self, issued: trustme.LeafCert) -> None:
+        (self.directory / "server.key").write_bytes(issued.private_key_pem.bytes())
+
+
+def issue(authority: trustme.CA, files: Files) -> trustme.LeafCert:
+    issued = authority.issue_cert("127.0.0.1")
+    files.certificate(issued)
+    files.key(issued)
+    return issued
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Files:
+    (directory := tmp_path / "tls").mkdir()
+    (tmp_path / "adapters").mkdir()
+    return Files(directory)
+
+
+def client(
+    running: Running, authority: trustme.CA | None, own: trustme.LeafCert | None = None
+) -> Client:
+    credentials = None
+    if authority is not None:
+        root = authority.cert_pem.bytes()
+        pair = (own.private_key_pem.bytes(), own.cert_chain_pems[0].bytes()) if own else ()
+        credentials = grpc.ssl_channel_credentials(root, *pair)
+    return Client(f"127.0.0.1:{running.server.port}", credentials=credentials)
+
+
+def lets_in(
+    running: Running, authority: trustme.CA | None, own: trustme.LeafCert | None = None
+) -> bool:
+    with client(running, authority, own) as asking:
+        try:
+            return asking.model().model != ""
+        except ClientError as error:
+            assert error.code is grpc.StatusCode.UNAVAILABLE
+            return False
+
+
+def test_a_certificate_is_replaced_while_streams_run(
+    serve_tiny: Callable[..., Iterator[Running]], files: Files, tmp_path: Path
+) -> None:
+    before, after = trustme.CA(), trustme.CA()
+    issue(before, files)
+    with contextlib.contextmanager(serve_tiny)(tmp_path / "adapters", **files.settings) as running:
+        assert lets_in(running, before)
+        assert not lets_in(running, after)
+        assert not lets_in(running, None)
+        with client(running, before) as old:
+            streams = [old.stream(f"stream {number}", sampling=LONG) for number in range(3)]
+            begun = [next(stream) for stream in streams]
+            new = after.issue_cert("127.0.0.1")
+            files.certificate(new)
+            assert lets_in(running, before)  # the key is the old one's: the pair is none
+            assert not lets_in(running, after)
+            files.key(new)
+            assert lets_in(running, after)
+            assert not lets_in(running, before)
+            texts = [first + "".join(stream) for first, stream in zip(begun, streams, strict=True)]
+            again = [old.generate(f"stream {number}", sampling=LONG) for number in range(3)]
+        assert texts == [reply.text for reply in again]
+        assert [len(reply.token_ids) for reply in again] == [300] * 3
+
+
+def test_with_an_authority_only_its_clients_connect(
+    serve_tiny: Callable[..., Iterator[Running]], files: Files, tmp_path: Path
+) -> None:
+    servers, clients, strangers = trustme.CA(), trustme.CA(), trustme.CA()
+    issue(servers, files)
+    clients.cert_pem.write_to_path(files.directory / "clients.pem")
+    settings = files.settings | {"tls_client_ca": str(files.directory / "clients.pem")}
+    with contextlib.contextmanager(serve_tiny)(tmp_path / "adapters", **settings) as running:
+        assert lets_in(running, servers, clients.issue_cert("someone"))
+        assert not lets_in(running, servers, strangers.issue_cert("someone"))
+        assert not lets_in(running, servers)
+
+
+def test_the_command_line_connects_by_tls(
+    serve_tiny: Callable[..., Iterator[Running]],
+    files: Files,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    authority = trustme.CA()
+    issue(authority, files)
+    authority.cert_pem.write_to_path(files.directory / "ca.pem")
+    monkeypatch.setenv("SPIELDOSE_CA", str(files.directory / "ca.pem"))
+    with contextlib.contextmanager(serve_tiny)(tmp_path / "adapters", **files.settings) as running:
+        address = f"127.0.0.1:{running.server.port}"
+        generate(["--prompt", "hello", "--max-tokens", "3", "--server", address])
+        with client(running, authority) as asking:
+            assert capsys.readouterr().out == asking.generate("hello", sampling=SHORT).text + "\n"
+        monkeypatch.setenv("SPIELDOSE_CA", str(tmp_path / "none.pem"))
+        with pytest.raises(ConfigError, match="expected a readable PEM file"):
+            generate(["--prompt", "hello", "--server", address])
+
+
+@pytest.mark.parametrize("spoil", ["certificate", "key", "pair", "none"])
+def test_files_that_do_not_fit_are_refused(files: Files, spoil: str) -> None:
+    authority = trustme.CA()
+    issue(authority, files)
+    paths = {name: Path(value) for name, value in files.settings.items()}
+    if spoil == "pair":
+        files.key(authority.issue_cert("127.0.0.1"))
+    elif spoil == "none":
+        paths["tls_key"].unlink()
+    else:
+        paths[f"tls_{spoil}"].write_text("no PEM")
+    with pytest.raises(ConfigError, match="expected a certificate and its key, as PEM, in"):
+        Certificates(paths["tls_certificate"], paths["tls_key"], None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"tls_certificate": "a"}, "expected both or none"),
+        ({"tls_key": "a"}, "expected both or none"),
+        ({"tls_client_ca": "a"}, "expected a tls_certificate beside it"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(
+    tmp_path: Path, settings: dict[str, Any], expected: str
+) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        ServerConfig(base="b", adapters=tmp_path, **settings)
