@@ -38,6 +38,8 @@ class ServerConfig:
     max_tenant_running: int = 64  # requests of one tenant in a forward pass; more wait
     tenant_tokens_per_second: float = 0.0  # of prompts and answers; 0 sets no limit
     max_prompt_bytes: int = 1 << 20  # of text or messages in one request
+    max_message_bytes: int = MESSAGE_BYTES  # of one message; well above max_prompt_bytes
+    max_connection_calls: int = 1024  # of one connection at once; more wait in the client
     drain_seconds: float = 30.0  # how long running requests may go on after SIGTERM
 
     def __post_init__(self) -> None:
@@ -52,6 +54,8 @@ class ServerConfig:
             "max_tenant_requests",
             "max_tenant_running",
             "max_prompt_bytes",
+            "max_message_bytes",
+            "max_connection_calls",
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -22,7 +22,7 @@ from spieldose_server.access import Access
 from spieldose_server.adapters_service import AdaptersService
 from spieldose_server.admission import Admission, Limits
 from spieldose_server.authenticate import Authenticate
-from spieldose_server.config import MESSAGE_BYTES, ServerConfig
+from spieldose_server.config import ServerConfig
 from spieldose_server.directory import AdapterDirectory
 from spieldose_server.engine import Engine
 from spieldose_server.errors import ConfigError, EngineStopped
@@ -89,7 +89,8 @@ class Server:
         self._grpc = grpc.aio.server(
             interceptors=[Authenticate(access), RefuseMalformed()],
             options=[
-                ("grpc.max_receive_message_length", MESSAGE_BYTES),
+                ("grpc.max_receive_message_length", config.max_message_bytes),
+                ("grpc.max_concurrent_streams", config.max_connection_calls),
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.so_reuseport", 0),  # a port in use is an error, not a second server
