@@ -8,6 +8,7 @@ from spieldose_server.errors import InvalidRequest
 from spieldose_server.sampling_params import SamplingParams
 
 DEFAULT_MAX_TOKENS = 256
+MAX_REQUEST_ID = 128  # characters; every chunk carries it
 ROLES = ("system", "user", "assistant")
 
 
@@ -21,6 +22,23 @@ class Message:
 
 # a prompt is text, token ids, or messages for the chat template
 Prompt = str | Sequence[int] | Sequence[Message]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """Hold what a client asks for. Raises InvalidRequest."""
+
+    id: str  # for people; the client's own need not be unique
+    adapter_id: str  # NAME or NAME@DIGEST; empty: the base
+    field: str  # of the prompt, as errors call it
+    prompt: Prompt
+    sampling: SamplingParams
+
+    def __post_init__(self) -> None:
+        if (length := len(self.id)) > MAX_REQUEST_ID:
+            raise InvalidRequest(
+                "request_id", f"expected at most {MAX_REQUEST_ID} characters, got {length}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,6 +27,7 @@ from spieldose_server.directory import AdapterDirectory
 from spieldose_server.engine import Engine
 from spieldose_server.errors import ConfigError, EngineStopped
 from spieldose_server.files import AdapterFiles
+from spieldose_server.generation import Generation
 from spieldose_server.malformed import RefuseMalformed
 from spieldose_server.measured import measure
 from spieldose_server.metrics import Metrics
@@ -106,9 +107,10 @@ class Server:
         self.admission = Admission(limits, residency)
         self.metrics = Metrics()
         measure(self.metrics, self.engine, self.store, self.admission)
-        inference = InferenceService(
-            base, self.engine, self.store, self.admission, self.metrics, config
+        generation = Generation(
+            base, self.engine, self.store, self.admission, config.max_prompt_bytes
         )
+        inference = InferenceService(base, self.engine, generation, self.metrics)
         rpc.add_InferenceServicer_to_server(inference, self._grpc)
         adapters = AdaptersService(self.store, self.directory)
         rpc.add_AdaptersServicer_to_server(adapters, self._grpc)

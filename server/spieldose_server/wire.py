@@ -1,8 +1,11 @@
 """What the contract's messages say, in the server's own terms, and back."""
 
+import secrets
+
 from spieldose_proto import inference_pb2 as pb
 from spieldose_server.errors import InvalidRequest
-from spieldose_server.request import GenerationRequest, Message, Prompt
+from spieldose_server.generation import Completed, Piece
+from spieldose_server.request import Message, Prompt, Question
 from spieldose_server.sampling import TokenLogprob
 from spieldose_server.sampling_params import SamplingParams
 from spieldose_server.versions import State, Version
@@ -45,16 +48,37 @@ def prompt(request: pb.GenerateRequest | pb.TokenizeRequest) -> tuple[str, Promp
     raise InvalidRequest("prompt", "expected one of text, token_ids or messages, got none")
 
 
-def completion(
-    request: GenerationRequest, version: Version | None, *, count: int, ended: bool
-) -> pb.Completion:
-    played = (
-        None if version is None else pb.AdapterVersion(name=version.name, digest=version.digest)
+def question(request: pb.GenerateRequest) -> Question:
+    """Return what a request asks for. Raises InvalidRequest."""
+    field, asked = prompt(request)
+    return Question(
+        id=request.request_id or secrets.token_hex(8),
+        adapter_id=request.adapter_id,
+        field=field,
+        prompt=asked,
+        sampling=sampling(request.sampling_params),
     )
+
+
+def response(request_id: str, event: Piece | Completed) -> pb.GenerateResponse:
+    answered = pb.GenerateResponse(request_id=request_id, index=event.index)
+    if isinstance(event, Piece):
+        logprobs = map(logprob, event.logprobs)
+        chunk = pb.Chunk(text=event.text, token_ids=event.token_ids, logprobs=logprobs)
+        answered.chunk.CopyFrom(chunk)
+    else:
+        answered.complete.CopyFrom(completion(event))
+    return answered
+
+
+def completion(end: Completed) -> pb.Completion:
+    played = None
+    if end.version is not None:
+        played = pb.AdapterVersion(name=end.version.name, digest=end.version.digest)
     return pb.Completion(
-        finish_reason=pb.FINISH_REASON_STOP if ended else pb.FINISH_REASON_LENGTH,
-        prompt_tokens=len(request.tokens),
-        completion_tokens=count,
+        finish_reason=pb.FINISH_REASON_STOP if end.stopped else pb.FINISH_REASON_LENGTH,
+        prompt_tokens=end.prompt_tokens,
+        completion_tokens=end.completion_tokens,
         adapter=played,
     )
 

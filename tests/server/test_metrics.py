@@ -107,7 +107,7 @@ def test_errors_are_counted_by_their_code_and_make_no_labels(measured: Running) 
         measured.client.generate("", adapter="a1")
     found = scraped(measured)
     assert value(found, "requests_total", adapter="(none)", code="NOT_FOUND") == 2
-    assert value(found, "requests_total", adapter="a1", code="INVALID_ARGUMENT") == 1
+    assert value(found, "requests_total", adapter="(none)", code="INVALID_ARGUMENT") == 1
     assert not any("nobody" in str(sample) for sample in found)
 
 
