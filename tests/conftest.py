@@ -66,10 +66,11 @@ def real_directory() -> Path:
 
 @dataclass(frozen=True)
 class Running:
-    """Hold a running server, a client of it, and its adapter directory."""
+    """Hold a running server, a client and an administrator of it, and its adapter directory."""
 
     server: Server
     client: Client
+    admin: Client
     directory: Path
     base: Base
     loop: asyncio.AbstractEventLoop
@@ -98,7 +99,12 @@ def serve_tiny(tiny_directory: Path) -> Callable[..., Any]:
             compute_dtype=torch.float32,
             fused=False,
         )
-        settings = {"kv_tokens": 4096, "adapter_memory": 1 << 22, "drain_seconds": 5.0} | settings
+        settings = {
+            "admin_listen": "127.0.0.1:0",
+            "kv_tokens": 4096,
+            "adapter_memory": 1 << 22,
+            "drain_seconds": 5.0,
+        } | settings
         config = ServerConfig(base="tiny", adapters=directory, listen="127.0.0.1:0", **settings)
         loop = asyncio.new_event_loop()
         thread = threading.Thread(target=loop.run_forever)
@@ -109,12 +115,17 @@ def serve_tiny(tiny_directory: Path) -> Callable[..., Any]:
             await server.start()
             return server
 
-        server = asyncio.run_coroutine_threadsafe(begin(), loop).result(60)
         try:
-            with Client(f"127.0.0.1:{server.port}") as client:
-                yield Running(server, client, directory, base, loop)
+            server = asyncio.run_coroutine_threadsafe(begin(), loop).result(60)
+            try:
+                with (
+                    Client(f"127.0.0.1:{server.port}") as client,
+                    Client(f"127.0.0.1:{server.admin_port}") as admin,
+                ):
+                    yield Running(server, client, admin, directory, base, loop)
+            finally:
+                asyncio.run_coroutine_threadsafe(server.stop(), loop).result(60)
         finally:
-            asyncio.run_coroutine_threadsafe(server.stop(), loop).result(60)
             loop.call_soon_threadsafe(loop.stop)
             thread.join()
             loop.close()

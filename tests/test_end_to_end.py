@@ -61,7 +61,7 @@ def test_a_served_adapter_scores_the_loss_it_had_in_the_trainer(
     in_trainer = [loss(trained.model.eval(), example) for example in examples]
     settings = {"base": str(real_directory), "adapter_memory": 1 << 25}
     for running in serve_tiny(trained.file.parent, **settings):
-        running.client.pin("dates")
+        running.admin.pin("dates")
         slot = running.server.store.get("dates").slot
         with running.server.engine._manager.pause():  # the engine's thread owns the model
             served = [played(running, example, slot) for example in examples]

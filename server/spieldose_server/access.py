@@ -1,9 +1,10 @@
-"""Who may do what: tenants, the tokens that prove who asks, and the adapters each may play.
+"""Who may do what: tenants, the tokens and certificates that prove who asks, and their adapters.
 
 ```toml
 [[tenant]]
 name = "acme"
 tokens = [{ sha256 = "9f86d0…", expires = 2027-06-30 }]  # `spieldose token` makes one
+certificates = ["acme.example"]  # names in its clients' certificates, under tls_client_ca
 adapters = ["orders", "acme-*"]  # shell patterns; none by default
 base = true                      # may play the base alone; no by default
 admin = false                    # may see, load, unload and pin every adapter; no by default
@@ -17,8 +18,9 @@ import logging
 import re
 import secrets
 import tomllib
+from collections.abc import Iterable
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -29,7 +31,14 @@ from spieldose_server.files import Stamp
 
 log = logging.getLogger(__name__)
 
-KINDS = {"name": str, "tokens": list, "adapters": list, "base": bool, "admin": bool}
+KINDS = {
+    "name": str,
+    "tokens": list,
+    "certificates": list,
+    "adapters": list,
+    "base": bool,
+    "admin": bool,
+}
 TOKEN_BYTES = 32  # random ones: a plain hash of so many cannot be turned back
 
 
@@ -40,7 +49,7 @@ class Caller:
     tenant: str
     adapters: tuple[str, ...] = ("*",)  # shell patterns of names
     base: bool = True
-    admin: bool = True
+    admin: bool = False
 
     def may_play(self, name: str) -> bool:
         """Say whether it may play an adapter of this name."""
@@ -65,41 +74,66 @@ class Caller:
     def check_admin(self) -> None:
         """Raise Forbidden unless it may steer adapters."""
         if not self.admin:
-            raise Forbidden("expected an administrator's token, got a tenant's")
+            raise Forbidden("expected an administrator's token or port, got another's")
 
 
 CALLER: ContextVar[Caller] = ContextVar("caller")  # of the running call; not set: nobody let it in
 
 
+@dataclass(frozen=True, slots=True)
+class Tenants:
+    """Hold what the file says."""
+
+    tokens: dict[str, tuple[Caller, datetime | None]] = field(default_factory=dict)  # by hash
+    certificates: dict[str, Caller] = field(default_factory=dict)  # by a name in them
+
+
 class Access:
-    """Know tenants by their tokens."""
+    """Know tenants by their tokens and certificates."""
 
     def __init__(self, path: Path) -> None:
         """Read the file. Raises ConfigError."""
         self._path = path
         self._stamp: Stamp | None = None
-        self._callers = self._read()
+        self._tenants = self._read()
 
     def caller(self, token: str) -> Caller:
         """Return who a token belongs to. Raises Unauthenticated."""
         self._refresh()
         if not token:
             raise Unauthenticated("expected a bearer token, got none")
-        caller, expires = self._callers.get(hashed(token), (None, None))
+        caller, expires = self._tenants.tokens.get(hashed(token), (None, None))
         if caller is None or (expires is not None and expires <= datetime.now(UTC)):
             raise Unauthenticated("expected a valid token, got another")
         return caller
+
+    @property
+    def knows_certificates(self) -> bool:
+        """Say whether any tenant has one."""
+        self._refresh()
+        return bool(self._tenants.certificates)
+
+    def named(self, names: Iterable[str]) -> Caller:
+        """Return whose certificate has these names; it has been verified. Raises Unauthenticated.
+
+        Names of several tenants are nobody's.
+        """
+        known = self._tenants.certificates
+        callers = {known[name].tenant: known[name] for name in names if name in known}
+        if len(callers) != 1:
+            raise Unauthenticated("expected a bearer token or a tenant's certificate, got neither")
+        return callers.popitem()[1]
 
     def _refresh(self) -> None:
         """Read the file if it has changed; what is wrong with it leaves what was read before."""
         try:
             if Stamp.of(self._path.stat()) != self._stamp:
-                self._callers = self._read()
+                self._tenants = self._read()
                 log.info("%s was read again", self._path)
         except (OSError, ConfigError) as error:
             log.error("tenants stay as they were: %s", error)
 
-    def _read(self) -> dict[str, tuple[Caller, datetime | None]]:
+    def _read(self) -> Tenants:
         try:
             self._stamp = Stamp.of(self._path.stat())  # before: what comes later is read again
             settings = tomllib.loads(self._path.read_text(encoding="utf-8"))
@@ -107,15 +141,14 @@ class Access:
             raise ConfigError(
                 f"{self._path}: expected a readable TOML file, got: {error}"
             ) from error
-        tenants = settings.pop("tenant", None)
-        if settings or not isinstance(tenants, list) or not tenants:
+        tables = settings.pop("tenant", None)
+        if settings or not isinstance(tables, list) or not tables:
             got = f"{next(iter(settings))!r}" if settings else "none"
             raise ConfigError(f"{self._path}: expected [[tenant]] tables, got {got}")
-        callers: dict[str, tuple[Caller, datetime | None]] = {}
-        for number, tenant in enumerate(tenants, start=1):
-            what = f"{self._path}: tenant {number}"
-            _add(callers, tenant, what)
-        return callers
+        tenants = Tenants()
+        for number, table in enumerate(tables, start=1):
+            _add(tenants, table, f"{self._path}: tenant {number}")
+        return tenants
 
 
 def make_token() -> str:
@@ -128,28 +161,41 @@ def hashed(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
 
-def _add(callers: dict[str, tuple[Caller, datetime | None]], tenant: Any, what: str) -> None:
-    """Add a tenant's tokens. Raises ConfigError."""
-    if not isinstance(tenant, dict):
-        raise ConfigError(f"{what}: expected a table, got {tenant!r}")
-    for key, value in tenant.items():
+def _add(tenants: Tenants, table: Any, what: str) -> None:
+    """Add a tenant's tokens and certificates. Raises ConfigError."""
+    caller = _caller(table, what)
+    for token in table.get("tokens", []):
+        digest, expires = _token(token, f"{what}: tokens")
+        if digest in tenants.tokens:
+            raise ConfigError(f"{what}: tokens: expected each token once, got {digest} twice")
+        tenants.tokens[digest] = caller, expires
+    for name in _strings(table, "certificates", what):
+        if name in tenants.certificates:
+            raise ConfigError(f"{what}: certificates: expected each name once, got {name!r} twice")
+        tenants.certificates[name] = caller
+
+
+def _caller(table: Any, what: str) -> Caller:
+    """Return a tenant as a caller. Raises ConfigError."""
+    if not isinstance(table, dict):
+        raise ConfigError(f"{what}: expected a table, got {table!r}")
+    for key, value in table.items():
         if key not in KINDS:
             raise ConfigError(f"{what}: expected one of {', '.join(KINDS)}, got {key!r}")
         if type(value) is not KINDS[key]:
             raise ConfigError(f"{what}: {key}: expected a {KINDS[key].__name__}, got {value!r}")
-    if not tenant.get("name"):
+    if not table.get("name"):
         raise ConfigError(f"{what}: expected a name, got none")
-    patterns = tenant.get("adapters", [])
-    if not all(isinstance(pattern, str) and pattern for pattern in patterns):
-        raise ConfigError(f"{what}: adapters: expected names or patterns, got {patterns!r}")
-    caller = Caller(
-        tenant["name"], tuple(patterns), tenant.get("base", False), tenant.get("admin", False)
-    )
-    for token in tenant.get("tokens", []):
-        digest, expires = _token(token, f"{what}: tokens")
-        if digest in callers:
-            raise ConfigError(f"{what}: tokens: expected each token once, got {digest} twice")
-        callers[digest] = caller, expires
+    patterns = _strings(table, "adapters", what)
+    return Caller(table["name"], patterns, table.get("base", False), table.get("admin", False))
+
+
+def _strings(table: dict[str, Any], key: str, what: str) -> tuple[str, ...]:
+    """Return a list of names or patterns. Raises ConfigError."""
+    found = table.get(key, [])
+    if not all(isinstance(name, str) and name for name in found):
+        raise ConfigError(f"{what}: {key}: expected names, got {found!r}")
+    return tuple(found)
 
 
 def _token(token: Any, what: str) -> tuple[str, datetime | None]:

@@ -19,6 +19,7 @@ class ServerConfig:
     base: str  # directory or hub name of the base model
     adapters: Path  # directory of delta files; NAME.safetensors is served as NAME
     listen: str = DEFAULT_ADDRESS  # address and port; port 0 takes a free one
+    admin_listen: str = ""  # the same, or unix:PATH, for load, unload, pin; empty: see SECURITY.md
     metrics_listen: str = ""  # the same for Prometheus, over HTTP; empty: no metrics
     tls_certificate: str = ""  # PEM file of the server's certificate and its chain; empty: no TLS
     tls_key: str = ""  # PEM file of its key; both are read again once they change

@@ -8,11 +8,8 @@ from functools import partial
 from pathlib import Path
 from wsgiref.simple_server import WSGIServer
 
-import grpc
-import grpc.aio
 from grpc_health.v1 import _async as aio_health
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_health.v1 import health_pb2
 from prometheus_client import start_http_server
 
 from spieldose_kernels.base import Base, load_base, pick_compute_dtype, pick_device
@@ -21,25 +18,25 @@ from spieldose_proto import inference_pb2_grpc as rpc
 from spieldose_server.access import Access
 from spieldose_server.adapters_service import AdaptersService
 from spieldose_server.admission import Admission, Limits
-from spieldose_server.authenticate import Authenticate
 from spieldose_server.config import ServerConfig
 from spieldose_server.directory import AdapterDirectory
 from spieldose_server.engine import Engine
 from spieldose_server.errors import ConfigError, EngineStopped
 from spieldose_server.files import AdapterFiles
 from spieldose_server.generation import Generation
-from spieldose_server.malformed import RefuseMalformed
 from spieldose_server.measured import measure
 from spieldose_server.metrics import Metrics
+from spieldose_server.port import Port, Services
 from spieldose_server.residency import Residency
 from spieldose_server.service import InferenceService
 from spieldose_server.store import AdapterStore
 from spieldose_server.threads import apart, loader
-from spieldose_server.tls import Certificates
 
 log = logging.getLogger(__name__)
 
-SERVICES = tuple(service.full_name for service in pb.DESCRIPTOR.services_by_name.values())
+INFERENCE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
+ADAPTERS = pb.DESCRIPTOR.services_by_name["Adapters"].full_name
+LAST_SECONDS = 0.5  # that short calls have to end in when no request runs any more
 
 
 async def serve(config: ServerConfig) -> None:
@@ -77,7 +74,6 @@ class Server:
     def __init__(self, base: Base, config: ServerConfig) -> None:
         self.config = config
         access = Access(Path(config.access)) if config.access else None
-        self._certificates = Certificates.of(config)
         self.engine = apart(partial(Engine, base, config))
         self._loader = loader()
         slab = self.engine.slab
@@ -85,18 +81,6 @@ class Server:
         residency = Residency(slab, files, self._loader, host_memory=config.host_memory)
         self.store = AdapterStore(residency)
         self.directory = AdapterDirectory(files, self.store, self._loader)
-        self.port = 0  # known once started
-        self._health = aio_health.HealthServicer()
-        self._grpc = grpc.aio.server(
-            interceptors=[Authenticate(access), RefuseMalformed()],
-            options=[
-                ("grpc.max_receive_message_length", config.max_message_bytes),
-                ("grpc.max_concurrent_streams", config.max_connection_calls),
-                ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
-                ("grpc.keepalive_permit_without_calls", 1),
-                ("grpc.so_reuseport", 0),  # a port in use is an error, not a second server
-            ],
-        )
         limits = Limits(
             running=config.max_batch_requests,
             accepted=config.max_requests,
@@ -111,37 +95,55 @@ class Server:
             base, self.engine, self.store, self.admission, config.max_prompt_bytes
         )
         inference = InferenceService(base, self.engine, generation, self.metrics)
-        rpc.add_InferenceServicer_to_server(inference, self._grpc)
         adapters = AdaptersService(self.store, self.directory)
-        rpc.add_AdaptersServicer_to_server(adapters, self._grpc)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
-        names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._grpc)
+        self._health = aio_health.HealthServicer()
+        self._ports = self._make_ports(inference, adapters, access)
         self._watching: asyncio.Task[None] | None = None
         self._http: WSGIServer | None = None
         self.metrics_port = 0  # known once started
 
+    def _make_ports(
+        self, inference: InferenceService, adapters: AdaptersService, access: Access | None
+    ) -> list[Port]:
+        """Return the clients' port and, if there is one, the administrators'."""
+        steer: Services = {ADAPTERS: partial(rpc.add_AdaptersServicer_to_server, adapters)}
+        offer: Services = {
+            INFERENCE: partial(rpc.add_InferenceServicer_to_server, inference),
+            **steer,
+        }
+        config, rest = self.config, (self._health, access, self.config)
+        if not config.admin_listen:
+            return [Port(config.listen, offer, *rest, steers=access is not None)]
+        return [
+            Port(config.listen, offer, *rest, steers=False),
+            Port(config.admin_listen, steer, *rest, steers=True),
+        ]
+
     async def start(self) -> None:
         """Take up the adapters, open the port, report healthy. Raises ConfigError."""
-        try:
-            if self._certificates is None:
-                self.port = self._grpc.add_insecure_port(self.config.listen)
-            else:
-                credentials = self._certificates.credentials()
-                self.port = self._grpc.add_secure_port(self.config.listen, credentials)
-        except RuntimeError as error:
-            raise ConfigError(
-                f"expected a free address to listen on, got {self.config.listen}"
-            ) from error
+        for port in self._ports:
+            port.open()
         self._serve_metrics()
         self.engine.start()
         await self.directory.take_up()
         self._watching = asyncio.create_task(self.directory.watch())
-        await self._grpc.start()
-        for service in ("", *SERVICES):
+        for service in ("", INFERENCE, ADAPTERS):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
-        host = self.config.listen.rpartition(":")[0]
-        log.info("listening on %s:%d with %d adapters", host, self.port, len(self.store.list()))
+        for port in self._ports:
+            await port.start()
+        log.info("listening on %s with %d adapters", self._ports[0], len(self.store.list()))
+        for port in self._ports[1:]:
+            log.info("administrators on %s", port)
+
+    @property
+    def port(self) -> int:
+        """Return the port that clients use, known once started."""
+        return self._ports[0].number
+
+    @property
+    def admin_port(self) -> int:
+        """Return the port that administrators use, known once started."""
+        return self._ports[-1].number
 
     def _serve_metrics(self) -> None:
         if not self.config.metrics_listen:
@@ -167,7 +169,7 @@ class Server:
         log.info("draining")
         await self._health.enter_graceful_shutdown()
         self.store.close()
-        await self._grpc.stop(self.config.drain_seconds)
+        await self._drain()
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.wait([self._watching])
@@ -177,3 +179,12 @@ class Server:
         self._loader.shutdown()
         await asyncio.to_thread(self.engine.stop)
         log.info("stopped")
+
+    async def _drain(self) -> None:
+        """Take no more calls; once no request runs, do not wait for who watches."""
+        seconds = self.config.drain_seconds
+        refusing = [asyncio.create_task(port.stop(seconds)) for port in self._ports]
+        while self.admission.accepted and not all(task.done() for task in refusing):
+            await asyncio.sleep(0.05)
+        await asyncio.gather(*(port.stop(min(LAST_SECONDS, seconds)) for port in self._ports))
+        await asyncio.gather(*refusing)

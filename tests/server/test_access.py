@@ -19,6 +19,7 @@ from spieldose_server.errors import ConfigError, Unauthenticated
 from ..conftest import Running
 
 SHORT = pb.SamplingParams(max_tokens=4)
+WANTED = "expected an administrator's token or port, got another's"
 EXPIRED = "a-token-of-last-year"
 
 
@@ -47,7 +48,7 @@ def guarded(
         write_delta(directory / f"{name}.safetensors", make_adapter(seed))
     (directory / "blue-broken.safetensors").write_bytes(b"no delta")
     (tmp_path / "access.toml").write_text(TENANTS)
-    yield from serve_tiny(directory, access=str(tmp_path / "access.toml"))
+    yield from serve_tiny(directory, access=str(tmp_path / "access.toml"), admin_listen="")
 
 
 @pytest.fixture
@@ -125,7 +126,6 @@ def test_what_a_tenant_may_not_play_looks_unknown_to_it(
     asked = pb.TokenizeRequest(adapter_id=adapter, messages=pb.ChatMessages(messages=messages))
     calls: list[Callable[[], object]] = [
         lambda: client.generate("hi", adapter=adapter),
-        lambda: client.generate("", adapter=adapter),  # nor are other mistakes told before
         lambda: client.adapter(adapter),
         lambda: client._call(client.inference.Tokenize, asked, pb.TokenizeResponse),
     ]
@@ -133,6 +133,8 @@ def test_what_a_tenant_may_not_play_looks_unknown_to_it(
         code, text = refusal(call)
         assert code is grpc.StatusCode.NOT_FOUND
         assert text == f"NOT_FOUND: expected a served adapter, got {adapter!r}"
+    same = refusal(lambda: client.generate("", adapter=adapter))  # a mistake in the request itself
+    assert same == refusal(lambda: client.generate("", adapter="nobody"))
 
 
 def test_the_base_is_played_by_whom_it_is_granted(client_of: Callable[..., Client]) -> None:
@@ -163,7 +165,7 @@ def test_only_an_administrator_steers(client_of: Callable[..., Client]) -> None:
         for name in ("blue", "red-1", "none", "../access", ""):
             code, text = refusal(lambda act=act, name=name: act(name))  # type: ignore[misc]
             assert code is grpc.StatusCode.PERMISSION_DENIED
-            assert text == "PERMISSION_DENIED: expected an administrator's token, got a tenant's"
+            assert text == f"PERMISSION_DENIED: {WANTED}"
     assert operator.pin("blue").pinned
     assert not operator.unpin("blue").pinned
     operator.unload("blue")
@@ -225,7 +227,7 @@ def test_health_and_reflection_need_no_token(guarded: Running) -> None:
         ("[[tenant]]\nname = 3", "tenant 1: name: expected a str, got 3"),
         ('[[tenant]]\nname = "a"\nadmin = 1', "tenant 1: admin: expected a bool, got 1"),
         ('[[tenant]]\nname = "a"\nroot = true', "tenant 1: expected one of name, tokens, "),
-        ('[[tenant]]\nname = "a"\nadapters = [1]', "adapters: expected names or patterns, got [1]"),
+        ('[[tenant]]\nname = "a"\nadapters = [1]', "adapters: expected names, got [1]"),
         ('[[tenant]]\nname = "a"\ntokens = ["plain"]', "tokens: expected { sha256, expires }, got"),
         (
             '[[tenant]]\nname = "a"\ntokens = [{ sha256 = "9F" }]',
@@ -236,6 +238,10 @@ def test_health_and_reflection_need_no_token(guarded: Running) -> None:
             "expected a date, or a time with an offset",
         ),
         (table("a", "t", expires='"tomorrow"'), "expected a date, or a time with an offset"),
+        (
+            table("a", certificates='["x"]') + table("b", certificates='["x"]'),
+            "tenant 2: certificates: expected each name once, got 'x' twice",
+        ),
         (table("a", "t") + table("b", "t"), "tenant 2: tokens: expected each token once, got"),
     ],
 )

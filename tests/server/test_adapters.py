@@ -149,18 +149,18 @@ def test_a_bad_replacement_leaves_the_good_version_in_service(running: Running) 
 
 
 def test_load_and_unload(running: Running) -> None:
-    running.client.unload("a1")
+    running.admin.unload("a1")
     assert running.state("a1") == ""
     time.sleep(1.5)  # longer than the directory's own rescan
     assert running.state("a1") == ""
-    assert running.client.load("a1").state == pb.ADAPTER_STATE_RESIDENT
+    assert running.admin.load("a1").state == pb.ADAPTER_STATE_RESIDENT
     assert running.client.generate("x", adapter="a1").adapter.startswith("a1@")
 
 
 @pytest.mark.parametrize("name", ["nobody", "../a1", "", "/etc/passwd"])
 def test_loading_what_is_not_in_the_directory_is_not_found(running: Running, name: str) -> None:
     with pytest.raises(ClientError) as caught:
-        running.client.load(name)
+        running.admin.load(name)
     assert caught.value.code == grpc.StatusCode.NOT_FOUND
 
 
@@ -189,10 +189,10 @@ def test_a_request_may_name_a_version(running: Running) -> None:
 
 
 def test_pin_and_unpin(running: Running) -> None:
-    pinned = running.client.pin("a1")
+    pinned = running.admin.pin("a1")
     assert (pinned.state, pinned.pinned) == (pb.ADAPTER_STATE_RESIDENT, True)
-    assert not running.client.unpin("a1").pinned
-    for method in (running.client.pin, running.client.unpin):
+    assert not running.admin.unpin("a1").pinned
+    for method in (running.admin.pin, running.admin.unpin):
         with pytest.raises(ClientError) as caught:
             method("nobody")
         assert caught.value.code == grpc.StatusCode.NOT_FOUND

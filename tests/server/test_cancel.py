@@ -81,7 +81,7 @@ def test_a_lease_is_held_until_no_step_can_read_the_slot(running: Running) -> No
     hook = running.base.model.register_forward_pre_hook(pause)
     assert in_step.wait(20)
     stream.close()
-    running.client.unload("a1")
+    running.admin.unload("a1")
     time.sleep(0.5)
     assert running.state("a1") == "draining"
     hook.remove()

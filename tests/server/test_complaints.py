@@ -84,7 +84,7 @@ def test_2_a_request_gets_its_own_adapter_or_an_error_while_others_take_turns_in
                 assert say(running, name, max_tokens=8).token_ids == alone[name].token_ids[:8]
             assert stream.rest() == alone["a1"].token_ids
         assert running.server.store.residency.evictions >= 5
-        running.client.unload("a2")
+        running.admin.unload("a2")
         for name in ("a2", "A1", "a1 ", "nobody"):
             assert refusal(running, name).code == grpc.StatusCode.NOT_FOUND
 

@@ -10,6 +10,7 @@ import grpc
 import pytest
 import trustme
 
+from spieldose_kernels.delta_file import write_delta
 from spieldose_proto import inference_pb2 as pb
 from spieldose_server.client import Client, ClientError
 from spieldose_server.command_line import generate
@@ -18,6 +19,7 @@ from spieldose_server.errors import ConfigError
 from spieldose_server.tls import Certificates
 
 from ..conftest import Running
+from .test_access import table
 
 LONG = pb.SamplingParams(max_tokens=300, min_tokens=300)
 SHORT = pb.SamplingParams(max_tokens=3)
@@ -59,14 +61,20 @@ def files(tmp_path: Path) -> Files:
 
 
 def client(
-    running: Running, authority: trustme.CA | None, own: trustme.LeafCert | None = None
+    running: Running,
+    authority: trustme.CA | None,
+    own: trustme.LeafCert | None = None,
+    *,
+    port: int | None = None,
+    **more: str,
 ) -> Client:
     credentials = None
     if authority is not None:
         root = authority.cert_pem.bytes()
         pair = (own.private_key_pem.bytes(), own.cert_chain_pems[0].bytes()) if own else ()
         credentials = grpc.ssl_channel_credentials(root, *pair)
-    return Client(f"127.0.0.1:{running.server.port}", credentials=credentials)
+    address = f"127.0.0.1:{port or running.server.port}"
+    return Client(address, credentials=credentials, **more)
 
 
 def lets_in(
@@ -99,6 +107,8 @@ def test_a_certificate_is_replaced_while_streams_run(
             files.key(new)
             assert lets_in(running, after)
             assert not lets_in(running, before)
+            with client(running, after, port=running.server.admin_port) as admin:
+                assert admin.adapters() == []  # each port asks for itself
             texts = [first + "".join(stream) for first, stream in zip(begun, streams, strict=True)]
             again = [old.generate(f"stream {number}", sampling=LONG) for number in range(3)]
         assert texts == [reply.text for reply in again]
@@ -116,6 +126,54 @@ def test_with_an_authority_only_its_clients_connect(
         assert lets_in(running, servers, clients.issue_cert("someone"))
         assert not lets_in(running, servers, strangers.issue_cert("someone"))
         assert not lets_in(running, servers)
+
+
+def test_a_certificate_names_its_tenant(
+    serve_tiny: Callable[..., Iterator[Running]],
+    files: Files,
+    tmp_path: Path,
+    make_adapter: Callable[..., Any],
+) -> None:
+    authority = trustme.CA()
+    issue(authority, files)
+    authority.cert_pem.write_to_path(files.directory / "ca.pem")
+    for seed, name in enumerate(("red", "blue"), start=1):
+        write_delta(tmp_path / "adapters" / f"{name}.safetensors", make_adapter(seed))
+    (tmp_path / "access.toml").write_text(
+        table("red", adapters='["red"]', certificates='["red.example", "spiffe://red/one"]')
+        + table("blue", "blue-token", adapters='["blue"]', certificates='["blue.example", "Blue"]')
+    )
+    settings = files.settings | {
+        "tls_client_ca": str(files.directory / "ca.pem"),
+        "access": str(tmp_path / "access.toml"),
+    }
+
+    def sees(own: trustme.LeafCert, **more: str) -> list[str] | grpc.StatusCode:
+        with client(running, authority, own, **more) as asking:
+            try:
+                return [adapter.name for adapter in asking.adapters()]
+            except ClientError as error:
+                return error.code
+
+    unknown = grpc.StatusCode.UNAUTHENTICATED
+    with contextlib.contextmanager(serve_tiny)(tmp_path / "adapters", **settings) as running:
+        red = authority.issue_cert("red.example")
+        assert sees(red) == ["red"]
+        assert sees(authority.issue_cert("other.example", "blue.example")) == ["blue"]
+        assert sees(authority.issue_cert(common_name="Blue")) == ["blue"]
+        assert sees(authority.issue_cert("other.example")) is unknown
+        assert sees(authority.issue_cert("red.example", "blue.example")) is unknown
+        assert sees(red, token="blue-token") == ["blue"]
+        assert sees(red, token="forged") is unknown
+        with client(running, authority, red) as asking:
+            assert asking.generate("hi", adapter="red", sampling=SHORT).token_ids
+            for call in (asking.adapter, lambda name: asking.generate("hi", adapter=name)):
+                with pytest.raises(ClientError) as refused:
+                    call("blue")
+                assert refused.value.code is grpc.StatusCode.NOT_FOUND
+            with pytest.raises(ClientError) as refused:
+                asking.load("red")
+            assert refused.value.code is grpc.StatusCode.PERMISSION_DENIED
 
 
 def test_the_command_line_connects_by_tls(
