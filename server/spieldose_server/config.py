@@ -63,9 +63,23 @@ class ServerConfig:
         for name in ("drain_seconds", "tenant_tokens_per_second"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        _check_address("listen", self.listen, sockets=True)
+        if self.admin_listen:
+            _check_address("admin_listen", self.admin_listen, sockets=True)
+        if self.metrics_listen:
+            _check_address("metrics_listen", self.metrics_listen, sockets=False)
         if bool(self.tls_certificate) != bool(self.tls_key):
             raise ConfigError("tls_certificate and tls_key: expected both or none, got one")
         if self.tls_client_ca and not self.tls_certificate:
             raise ConfigError("tls_client_ca: expected a tls_certificate beside it, got none")
         if not self.adapters.is_dir():
             raise ConfigError(f"adapters must be a directory, got {self.adapters}")
+
+
+def _check_address(name: str, address: str, *, sockets: bool) -> None:
+    host, _, port = address.rpartition(":")
+    if sockets and address.startswith("unix:"):
+        return
+    if not (host and port.isdecimal() and int(port) < 1 << 16):
+        also = " or unix:PATH" if sockets else ""
+        raise ConfigError(f"{name}: expected HOST:PORT{also}, got {address!r}")
