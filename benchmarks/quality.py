@@ -76,6 +76,8 @@ METHODS: dict[str, tuple[dict[str, Any], tuple[float, float, float]]] = {
     "zo, 0.1 %": ({"method": "zo", "density": 0.001}, (1e-4, 3e-4, 1e-3)),
 }
 
+BASES = {"base": True, "base, 16 bit": False}  # whether quantised
+
 
 @dataclass(frozen=True, slots=True)
 class Task:
@@ -149,9 +151,11 @@ def measure(base: str, arguments: Arguments) -> None:
     end = time.monotonic() + 60 * arguments.minutes
     for task in TASKS:
         data = write_data(task, arguments.data)
-        if not any(r["method"] == "base" and r["task"] == task.name for r in read_results()):
-            loss = base_loss(base, task, data)
-            append({"task": task.name, "method": "base", "loss": loss})
+        done = {(r["task"], r["method"]) for r in read_results()}
+        for method, quantised in BASES.items():
+            if (task.name, method) not in done:
+                loss = base_loss(base, task, data, quantised=quantised)
+                append({"task": task.name, "method": method, "loss": loss})
 
     def run(cell: str) -> None:
         left = (end - time.monotonic()) / 60
@@ -304,10 +308,10 @@ def train_peft(
     }
 
 
-def base_loss(base: str, task: Task, data: tuple[Path, Path]) -> float:
+def base_loss(base: str, task: Task, data: tuple[Path, Path], *, quantised: bool) -> float:
     """Return the held-out loss before any training."""
     dtype = pick_compute_dtype("auto", CPU)
-    loaded = load_base(base, device=CPU, compute_dtype=dtype, fused=False)
+    loaded = load_base(base, device=CPU, compute_dtype=dtype, fused=False, quantised=quantised)
     examples = read_examples(
         data[1], loaded.tokenizer, max_length=task.max_length, too_long="truncate"
     )
@@ -414,7 +418,7 @@ def markdown(results: list[dict[str, Any]]) -> str:
     """Return the table: held-out loss by method and task, mean and spread over the seeds."""
     names = [task.name for task in TASKS]
     lines = ["| held-out loss | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for method in ("base", *METHODS):
+    for method in (*BASES, *METHODS):
         cells = [
             cell([r for r in results if (r["task"], r["method"]) == (n, method)]) for n in names
         ]
