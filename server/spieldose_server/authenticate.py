@@ -2,19 +2,16 @@
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Any
 
 import grpc
 import grpc.aio
 
-from spieldose_server.access import CALLER, Access, Caller
-from spieldose_server.config import TENANT
-from spieldose_server.errors import InvalidRequest, ServerError
+from spieldose_server.access import CALLER, Caller
+from spieldose_server.callers import Callers
+from spieldose_server.errors import ServerError
 from spieldose_server.statuses import answering
 
-MAX_TENANT = 128  # characters
-BEARER = "bearer "
 # What says nothing of tenants or adapters; probes of health have no token.
 OPEN = ("/grpc.health.v1.", "/grpc.reflection.")
 CHANNELZ = "/grpc.channelz."  # who is connected, and from where
@@ -24,18 +21,10 @@ Continue = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
 
 
 class Authenticate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not at run time
-    """Set CALLER for each call from its token or its client's certificate.
+    """Set CALLER for each call from its metadata or its client's certificate."""
 
-    Without access rules everyone is the tenant it says it is.
-    """
-
-    def __init__(self, access: Access | None, *, steers: bool) -> None:
-        """Take the rules; `steers` says whether administrators are taken for such on this port.
-
-        Without rules all who reach a port that steers are.
-        """
-        self._access = access
-        self._steers = steers
+    def __init__(self, callers: Callers) -> None:
+        self._callers = callers
 
     async def intercept_service(
         self, continuation: Continue, details: grpc.HandlerCallDetails
@@ -43,11 +32,11 @@ class Authenticate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not
         """Go on with the call, which runs in this context, or with its refusal."""
         if details.method.startswith(OPEN):
             return await continuation(details)
-        metadata = dict(details.invocation_metadata or ())
+        metadata = {key: str(value) for key, value in details.invocation_metadata or ()}
         try:
-            caller = self._of_metadata(metadata)
+            caller = self._callers.of(metadata)
             if caller is not None:
-                self._let_in(caller, details.method)
+                _let_in(caller, details.method)
         except ServerError as error:
             return _refusing(error)
         handler = await continuation(details)
@@ -55,38 +44,14 @@ class Authenticate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not
             return handler
         return self._by_certificate(handler, details.method)
 
-    def _of_metadata(self, metadata: dict[Any, Any]) -> Caller | None:
-        """Return who calls; None: its certificate will tell. Raises ServerError."""
-        if self._access is not None:
-            given = str(metadata.get("authorization", ""))
-            if not given and self._access.knows_certificates:
-                return None
-            is_token = given.lower().startswith(BEARER)
-            return self._access.caller(given[len(BEARER) :].strip() if is_token else "")
-        name = str(metadata.get(TENANT, ""))
-        if len(name) > MAX_TENANT:
-            raise InvalidRequest(
-                TENANT, f"expected at most {MAX_TENANT} characters, got {len(name)}"
-            )
-        return Caller(name, admin=True)
-
-    def _let_in(self, caller: Caller, method: str) -> None:
-        """Make someone the caller of the running call. Raises Forbidden."""
-        caller = replace(caller, admin=caller.admin and self._steers)
-        if method.startswith(CHANNELZ):
-            caller.check_admin()
-        CALLER.set(caller)
-
     def _by_certificate(self, handler: Any, method: str) -> Any:
         """Put the look at the client's certificate around a method's handler."""
-        access = self._access
-        assert access is not None
 
         async def let_in(context: Any) -> None:
             found = context.auth_context()
             names = [name.decode("latin-1") for kind in NAMES for name in found.get(kind, ())]
             async with answering(context):
-                self._let_in(access.named(names), method)
+                _let_in(self._callers.certified(names), method)
 
         async def answer(request: Any, context: Any) -> Any:
             await let_in(context)
@@ -102,6 +67,13 @@ class Authenticate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(stream, parse, serialise)
         return grpc.unary_unary_rpc_method_handler(answer, parse, serialise)
+
+
+def _let_in(caller: Caller, method: str) -> None:
+    """Make someone the caller of the running call. Raises Forbidden."""
+    if method.startswith(CHANNELZ):
+        caller.check_admin()
+    CALLER.set(caller)
 
 
 def _refusing(error: ServerError) -> Any:

@@ -20,7 +20,8 @@ class ServerConfig:
     adapters: Path  # directory of delta files; NAME.safetensors is served as NAME
     listen: str = DEFAULT_ADDRESS  # address and port; port 0 takes a free one
     admin_listen: str = ""  # the same, or unix:PATH, for load, unload, pin; empty: see SECURITY.md
-    metrics_listen: str = ""  # the same for Prometheus, over HTTP; empty: no metrics
+    http_listen: str = ""  # address and port for OpenAI's clients; empty: none
+    metrics_listen: str = ""  # address and port for Prometheus, over HTTP; empty: no metrics
     tls_certificate: str = ""  # PEM file of the server's certificate and its chain; empty: no TLS
     tls_key: str = ""  # PEM file of its key; both are read again once they change
     tls_client_ca: str = ""  # PEM file; clients must have certificates of these authorities
@@ -66,6 +67,8 @@ class ServerConfig:
         _check_address("listen", self.listen, sockets=True)
         if self.admin_listen:
             _check_address("admin_listen", self.admin_listen, sockets=True)
+        if self.http_listen:
+            _check_address("http_listen", self.http_listen, sockets=False)
         if self.metrics_listen:
             _check_address("metrics_listen", self.metrics_listen, sockets=False)
         if bool(self.tls_certificate) != bool(self.tls_key):

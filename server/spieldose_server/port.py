@@ -11,6 +11,7 @@ from grpc_reflection.v1alpha import reflection
 
 from spieldose_server.access import Access
 from spieldose_server.authenticate import Authenticate
+from spieldose_server.callers import Callers
 from spieldose_server.config import ServerConfig
 from spieldose_server.errors import ConfigError
 from spieldose_server.malformed import RefuseMalformed
@@ -40,7 +41,7 @@ class Port:
         self._certificates = None if local else Certificates.of(config)
         self.number = 0  # known once open
         self._server = grpc.aio.server(
-            interceptors=[Authenticate(access, steers=steers), RefuseMalformed()],
+            interceptors=[Authenticate(Callers(access, steers=steers)), RefuseMalformed()],
             options=[
                 ("grpc.max_receive_message_length", config.max_message_bytes),
                 ("grpc.max_concurrent_streams", config.max_connection_calls),

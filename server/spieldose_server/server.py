@@ -18,6 +18,7 @@ from spieldose_proto import inference_pb2_grpc as rpc
 from spieldose_server.access import Access
 from spieldose_server.adapters_service import AdaptersService
 from spieldose_server.admission import Admission, Limits
+from spieldose_server.callers import Callers
 from spieldose_server.config import ServerConfig
 from spieldose_server.directory import AdapterDirectory
 from spieldose_server.engine import Engine
@@ -26,6 +27,8 @@ from spieldose_server.files import AdapterFiles
 from spieldose_server.generation import Generation
 from spieldose_server.measured import measure
 from spieldose_server.metrics import Metrics
+from spieldose_server.openai_http.app import OpenAI
+from spieldose_server.openai_http.listener import Listener
 from spieldose_server.port import Port, Services
 from spieldose_server.residency import Residency
 from spieldose_server.service import InferenceService
@@ -98,6 +101,11 @@ class Server:
         adapters = AdaptersService(self.store, self.directory)
         self._health = aio_health.HealthServicer()
         self._ports = self._make_ports(inference, adapters, access)
+        self._openai: Listener | None = None
+        if config.http_listen:
+            callers = Callers(access, steers=False)
+            openai = OpenAI(base, generation, self.store, self.metrics, callers)
+            self._openai = Listener(openai, config)
         self._watching: asyncio.Task[None] | None = None
         self._http: WSGIServer | None = None
         self.metrics_port = 0  # known once started
@@ -131,6 +139,8 @@ class Server:
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         for port in self._ports:
             await port.start()
+        if self._openai is not None:
+            await self._openai.start()
         log.info("listening on %s with %d adapters", self._ports[0], len(self.store.list()))
         for port in self._ports[1:]:
             log.info("administrators on %s", port)
@@ -144,6 +154,11 @@ class Server:
     def admin_port(self) -> int:
         """Return the port that administrators use, known once started."""
         return self._ports[-1].number
+
+    @property
+    def http_port(self) -> int:
+        """Return the port that OpenAI's clients use, known once started."""
+        return 0 if self._openai is None else self._openai.port
 
     def _serve_metrics(self) -> None:
         if not self.config.metrics_listen:
@@ -184,6 +199,8 @@ class Server:
         """Take no more calls; once no request runs, do not wait for who watches."""
         seconds = self.config.drain_seconds
         refusing = [asyncio.create_task(port.stop(seconds)) for port in self._ports]
+        if self._openai is not None:
+            refusing.append(asyncio.create_task(self._openai.stop()))
         while self.admission.accepted and not all(task.done() for task in refusing):
             await asyncio.sleep(0.05)
         await asyncio.gather(*(port.stop(min(LAST_SECONDS, seconds)) for port in self._ports))

@@ -21,6 +21,7 @@ class Pem:
     certificate: bytes
     key: bytes
     authority: bytes | None  # of clients' certificates
+    context: ssl.SSLContext  # the same as HTTPS takes it
 
     def grpc(self) -> grpc.ServerCertificateConfiguration:
         """Return it as gRPC takes it."""
@@ -30,7 +31,10 @@ class Pem:
 
 
 class Certificates:
-    """Give gRPC the server's certificate for each new connection, from files that may change."""
+    """Give each new connection the server's certificate, from files that may change.
+
+    Whoever opens a port needs one of its own: a change is told once.
+    """
 
     def __init__(self, certificate: Path, key: Path, authority: Path | None) -> None:
         """Read the files. Raises ConfigError."""
@@ -53,6 +57,17 @@ class Certificates:
             self._renewed,  # type: ignore[arg-type]  # None, its stub leaves out: nothing new
             require_client_authentication=bool(self._authority),
         )
+
+    def context(self) -> ssl.SSLContext:
+        """Return what an HTTPS port is opened with; each handshake goes on with the newest."""
+
+        def renew(connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
+            self._renewed()
+            connection.context = self._pem.context
+
+        context = self._pem.context
+        context.sni_callback = renew  # comes with every handshake, whether it names a server or not
+        return context
 
     def _renewed(self) -> grpc.ServerCertificateConfiguration | None:
         """Return the certificate if it is another than before; gRPC asks at each handshake.
@@ -80,10 +95,12 @@ class Certificates:
             context.load_cert_chain(self._certificate, self._key, password=_no_password)
             if self._authority:
                 context.load_verify_locations(self._authority)
+                context.verify_mode = ssl.CERT_REQUIRED
             pem = Pem(
                 self._certificate.read_bytes(),
                 self._key.read_bytes(),
                 self._authority.read_bytes() if self._authority else None,
+                context,
             )
         except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
             raise ConfigError(

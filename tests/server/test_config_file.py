@@ -86,12 +86,12 @@ def test_a_value_out_of_range_is_refused_as_from_a_flag(tmp_path: Path) -> None:
         parsed([*written(tmp_path, "kv_tokens = 0"), *required])
 
 
-@pytest.mark.parametrize("name", ["listen", "admin_listen", "metrics_listen"])
+@pytest.mark.parametrize("name", ["listen", "admin_listen", "http_listen", "metrics_listen"])
 @pytest.mark.parametrize("address", ["localhost", ":50051", "localhost:65536", "localhost:http"])
 def test_what_is_no_address_is_refused(tmp_path: Path, name: str, address: str) -> None:
     with pytest.raises(ConfigError, match=f"{name}: expected HOST:PORT.*, got '{address}'"):
         ServerConfig(base="b", adapters=tmp_path, **{name: address})  # type: ignore[arg-type]
-    fits = {name: "[::1]:0" if name == "metrics_listen" else "unix:server.sock"}
+    fits = {name: "unix:server.sock" if "admin" in name else "[::1]:0"}
     ServerConfig(base="b", adapters=tmp_path, **fits)  # type: ignore[arg-type]
 
 

@@ -1,0 +1,176 @@
+"""The routes, and what stands before them: who asks, whether the server drains, what went wrong."""
+
+import json
+import secrets
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from functools import partial
+from typing import Any
+
+from aiohttp import web
+
+from spieldose_kernels.base import Base
+from spieldose_server.access import CALLER
+from spieldose_server.callers import Callers
+from spieldose_server.errors import InvalidRequest, UnknownAdapter
+from spieldose_server.generation import Generation
+from spieldose_server.metrics import Metrics
+from spieldose_server.openai_http.answers import ChatObjects, CompletionObjects
+from spieldose_server.openai_http.bodies import ChatBody, CompletionBody, read
+from spieldose_server.openai_http.errors import response
+from spieldose_server.openai_http.responding import ask, events, streamed, whole
+from spieldose_server.openai_http.token_text import TokenText
+from spieldose_server.store import AdapterStore
+from spieldose_server.versions import Version
+
+HEALTH = "/health"
+REQUEST_ID = "x-request-id"
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class OpenAI:
+    """Answer OpenAI's clients."""
+
+    def __init__(
+        self,
+        base: Base,
+        generation: Generation,
+        store: AdapterStore,
+        metrics: Metrics,
+        callers: Callers,
+    ) -> None:
+        self.draining = False
+        self._base = base.spec.name
+        self._spelling = TokenText(base.tokenizer)
+        self._generation = generation
+        self._store = store
+        self._metrics = metrics
+        self._callers = callers
+
+    def app(self, max_bytes: int) -> web.Application:
+        """Return the application; bodies may have `max_bytes`."""
+        app = web.Application(
+            middlewares=[_in_openais_terms, self._let_in], client_max_size=max_bytes
+        )
+        complete = partial(self._generate, CompletionBody, CompletionObjects)
+        chat = partial(self._generate, ChatBody, ChatObjects)
+        app.add_routes(
+            [
+                web.get(HEALTH, self._health),
+                web.get("/v1/models", self._models),
+                web.get("/v1/models/{model:.+}", self._model),
+                web.post("/v1/completions", complete),
+                web.post("/v1/chat/completions", chat),
+            ]
+        )
+        return app
+
+    @web.middleware
+    async def _let_in(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Refuse all but health while the server drains, and to those nobody knows."""
+        if request.path == HEALTH:
+            return await handler(request)
+        if self.draining:
+            raise web.HTTPServiceUnavailable(reason="the server is draining")
+        caller = self._callers.of(request.headers)
+        CALLER.set(self._callers.certified(_names(request)) if caller is None else caller)
+        return await handler(request)
+
+    async def _health(self, request: web.Request) -> web.Response:
+        return web.Response(status=503 if self.draining else 200)
+
+    async def _models(self, request: web.Request) -> web.Response:
+        """List the base and the adapters that the caller may play."""
+        caller = CALLER.get()
+        served = {v.name: v for v in self._store.list() if _served(v) and caller.may_play(v.name)}
+        found = [self._object(name, version) for name, version in served.items()]
+        if caller.base:
+            found.insert(0, self._object(self._base, None))
+        return web.json_response({"object": "list", "data": found})
+
+    async def _model(self, request: web.Request) -> web.Response:
+        """Show one of them."""
+        model = request.match_info["model"]
+        adapter_id = self._adapter_id(model)
+        caller = CALLER.get()
+        if not adapter_id and not caller.base:
+            raise UnknownAdapter(model)
+        if not adapter_id:
+            return web.json_response(self._object(model, None))
+        caller.check_play(adapter_id)
+        return web.json_response(self._object(model, self._store.resolve(adapter_id)))
+
+    async def _generate(
+        self,
+        kind: type[CompletionBody] | type[ChatBody],
+        objects: type[CompletionObjects] | type[ChatObjects],
+        request: web.Request,
+    ) -> web.StreamResponse:
+        request_id = request.headers.get(REQUEST_ID) or secrets.token_hex(8)
+        with self._metrics.request() as observed:
+            body: Any = read(kind, await _json(request))
+            asked = ask(
+                body,
+                objects(self._spelling),
+                adapter_id=self._adapter_id(body.model),
+                request_id=request_id,
+            )
+            found = events(asked, self._generation, self._metrics, observed)
+            headers = {REQUEST_ID: request_id}
+            async with aclosing(found):
+                if asked.stream:
+                    return await streamed(asked, found, request, headers)
+                answered = await whole(asked, found)
+                answered.headers.update(headers)
+                return answered
+
+    def _adapter_id(self, model: str) -> str:
+        """Return what a model's name plays: an adapter, or "" for the base. Raises InvalidRequest.
+
+        The base's name is the base, even if an adapter is called so.
+        """
+        if not model:
+            raise InvalidRequest("model", "expected the base's or an adapter's name, got none")
+        return "" if model == self._base else model
+
+    def _object(self, model: str, version: Version | None) -> dict[str, Any]:
+        stamp = None if version is None else version.stamp
+        return {
+            "id": model,
+            "object": "model",
+            "created": 0 if stamp is None else stamp.modified // 10**9,
+            "owned_by": "spieldose",
+            "parent": None if version is None else self._base,
+        }
+
+
+@web.middleware
+async def _in_openais_terms(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Answer with an error what raises one."""
+    try:
+        return await handler(request)
+    except ConnectionError:  # nobody is there any more to be told
+        raise
+    except Exception as error:
+        return response(error)
+
+
+async def _json(request: web.Request) -> Any:
+    """Return a request's body. Raises InvalidRequest."""
+    try:
+        return json.loads(await request.read())
+    except ValueError as error:
+        raise InvalidRequest("body", f"expected JSON, got: {error}") from error
+
+
+def _served(version: Version) -> bool:
+    return version.published and not version.retired and not version.reason
+
+
+def _names(request: web.Request) -> list[str]:
+    """Return the names in a client's certificate, which the connection has verified."""
+    transport = request.transport
+    found = (transport and transport.get_extra_info("peercert")) or {}
+    subject = [pair for part in found.get("subject", ()) for pair in part]
+    common = [value for key, value in subject if key == "commonName"]
+    return [value for _, value in found.get("subjectAltName", ())] + common

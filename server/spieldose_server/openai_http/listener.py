@@ -1,0 +1,51 @@
+"""The address that OpenAI's clients use."""
+
+import asyncio
+import logging
+
+from aiohttp import web
+
+from spieldose_server.config import ServerConfig
+from spieldose_server.errors import ConfigError
+from spieldose_server.openai_http.app import OpenAI
+from spieldose_server.tls import Certificates
+
+log = logging.getLogger(__name__)
+
+
+class Listener:
+    """Serve an application on `http_listen`, by TLS if gRPC is."""
+
+    def __init__(self, openai: OpenAI, config: ServerConfig) -> None:
+        """Prepare to serve. Raises ConfigError."""
+        self.port = 0  # known once started
+        self._openai = openai
+        self._address = config.http_listen
+        self._certificates = Certificates.of(config)
+        self._runner = web.AppRunner(
+            openai.app(config.max_message_bytes),
+            access_log=None,
+            handler_cancellation=True,  # whoever goes away gives up its place at once
+            shutdown_timeout=config.drain_seconds,
+        )
+
+    async def start(self) -> None:
+        """Take the address and answer. Raises ConfigError."""
+        await self._runner.setup()
+        host, _, port = self._address.rpartition(":")
+        tls = self._certificates.context() if self._certificates else None
+        site = web.TCPSite(self._runner, host.strip("[]"), int(port), ssl_context=tls)
+        try:
+            await site.start()
+        except OSError as error:
+            raise ConfigError(
+                f"http_listen: expected a free address, got {self._address}"
+            ) from error
+        self.port = self._runner.addresses[0][1]
+        log.info("OpenAI's clients on %s:%d", host, self.port)
+
+    async def stop(self) -> None:
+        """Refuse new requests, and give running ones `drain_seconds` to end."""
+        self._openai.draining = True
+        await self._runner.cleanup()
+        await asyncio.sleep(0)  # TLS connections close in a callback

@@ -1,0 +1,34 @@
+"""A single token as text and bytes: it may be half a character."""
+
+import re
+from typing import Any
+
+from tokenizers import pre_tokenizers
+from transformers import PreTrainedTokenizerBase
+
+HEX = re.compile("<0x([0-9A-F]{2})>")  # a byte as SentencePiece writes it
+UNKNOWN = "\ufffd"
+
+
+class TokenText:
+    """Spell tokens."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer: Any = tokenizer
+        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+        printable = {ord(letter) for letter in letters if ord(letter) < 256}
+        rest = iter(sorted(set(range(256)) - printable))  # stand for themselves, those from 256 on
+        self._bytes = {
+            letter: ord(letter) if ord(letter) < 256 else next(rest) for letter in letters
+        }
+
+    def spell(self, token: int) -> tuple[str, list[int]]:
+        """Return a token's text, with U+FFFD where it is no whole character, and its bytes."""
+        text: str = self._tokenizer.decode([token])
+        if UNKNOWN not in text:
+            return text, list(text.encode())
+        raw: str = self._tokenizer.convert_ids_to_tokens(token)
+        if match := HEX.fullmatch(raw):
+            return text, [int(match[1], 16)]
+        known = [self._bytes.get(letter) for letter in raw]
+        return text, [byte for byte in known if byte is not None]

@@ -1,0 +1,458 @@
+"""The official `openai` client, unchanged, against a running server."""
+
+import asyncio
+import contextlib
+import json
+import ssl
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import jsonschema
+import openai
+import pytest
+import trustme
+
+from spieldose_kernels.delta_file import write_delta
+from spieldose_proto import inference_pb2 as pb
+
+from ..conftest import Running, eventually
+from .test_access import table
+from .test_tls import Files, issue
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"count": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["count"],
+    "additionalProperties": False,
+}
+HI: Any = [{"role": "user", "content": "hi"}]
+GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
+
+
+@pytest.fixture
+def served(
+    serve_tiny: Callable[..., Iterator[Running]], tmp_path: Path, make_adapter: Callable[..., Any]
+) -> Iterator[Running]:
+    """A server with the adapters a1 and a2 that OpenAI's clients may use."""
+    for seed in (1, 2):
+        write_delta(tmp_path / f"a{seed}.safetensors", make_adapter(seed))
+    yield from serve_tiny(tmp_path, http_listen="127.0.0.1:0", max_message_bytes=100_000)
+
+
+def settings(running: Running, **more: Any) -> dict[str, Any]:
+    url = f"http://127.0.0.1:{running.server.http_port}/v1"
+    return {"base_url": url, "api_key": "none", "max_retries": 0} | more
+
+
+@pytest.fixture
+def client(served: Running) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(**settings(served)) as client:
+        yield client
+
+
+def base_of(running: Running) -> str:
+    return running.client.model().model
+
+
+def test_models_are_the_base_and_its_adapters(served: Running, client: openai.OpenAI) -> None:
+    base = base_of(served)
+    (served.directory / "bad.safetensors").write_bytes(b"no delta")
+    eventually(lambda: "rejected" in served.state("bad"))
+    assert [model.id for model in client.models.list()] == [base, "a1", "a2"]
+    assert client.models.retrieve("a2").id == "a2"
+    assert client.models.retrieve(base).id == base
+
+
+@pytest.mark.parametrize("adapter", ["a1", "a2", ""])
+def test_completions_equal_grpcs(served: Running, client: openai.OpenAI, adapter: str) -> None:
+    sampling = pb.SamplingParams(max_tokens=12)
+    expected = served.client.generate("hello", adapter=adapter, sampling=sampling)
+    model = adapter or base_of(served)
+    whole = client.completions.create(model=model, prompt="hello", **GREEDY)
+    assert whole.choices[0].text == expected.text
+    assert whole.choices[0].finish_reason == expected.finish_reason == "length"
+    assert whole.usage is not None
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (5, 12)
+    assert whole.usage.total_tokens == 17
+    stream = client.completions.create(model=model, prompt="hello", stream=True, **GREEDY)
+    parts = list(stream)
+    assert "".join(part.choices[0].text for part in parts) == expected.text
+    assert [part.choices[0].finish_reason for part in parts][-1] == "length"
+    assert len(parts) > 2
+
+
+def test_chats_equal_grpcs(served: Running, client: openai.OpenAI) -> None:
+    turns = [pb.ChatMessage(role=role, content=role[::-1]) for role in ("system", "user")]
+    expected = served.client.generate(
+        turns, adapter="a1", sampling=pb.SamplingParams(max_tokens=12)
+    )
+    messages: Any = [
+        {"role": "developer", "content": "metsys"},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "re"}, {"type": "text", "text": "su"}],
+        },
+    ]
+    whole = client.chat.completions.create(model="a1", messages=messages, **GREEDY)
+    assert whole.choices[0].message.content == expected.text
+    assert whole.choices[0].message.role == "assistant"
+    options: Any = {"stream_options": {"include_usage": True}}
+    parts = list(
+        client.chat.completions.create(
+            model="a1", messages=messages, stream=True, **GREEDY, **options
+        )
+    )
+    *answers, last = parts
+    assert "".join(part.choices[0].delta.content or "" for part in answers) == expected.text
+    assert answers[0].choices[0].delta.role == "assistant"
+    assert not last.choices
+    assert whole.usage is not None
+    assert last.usage is not None
+    assert (last.usage.prompt_tokens, last.usage.completion_tokens, last.usage.total_tokens) == (
+        whole.usage.prompt_tokens,
+        whole.usage.completion_tokens,
+        whole.usage.total_tokens,
+    )
+
+
+def test_prompts_come_as_texts_and_as_tokens(client: openai.OpenAI) -> None:
+    def texts(prompt: Any, **more: Any) -> list[str]:
+        answer = client.completions.create(model="a1", prompt=prompt, **GREEDY, **more)
+        assert [choice.index for choice in answer.choices] == list(range(len(answer.choices)))
+        return [choice.text for choice in answer.choices]
+
+    (one,), (other,) = texts("one"), texts("other")
+    assert texts(["one", "other"]) == [one, other]
+    assert texts(["one", "other"], n=2) == [one, one, other, other]
+    tokens = [ord(letter) - ord("!") for letter in "one"]  # of the tiny byte tokenizer
+    assert texts(tokens) == [one]
+    assert texts([tokens, tokens]) == [one, one]
+
+
+def test_several_answers_with_a_seed_differ_and_come_again(client: openai.OpenAI) -> None:
+    def answers(seed: int) -> list[str | None]:
+        made = client.chat.completions.create(
+            model="a2", messages=HI, n=3, seed=seed, max_completion_tokens=8
+        )
+        return [choice.message.content for choice in made.choices]
+
+    assert answers(7) == answers(7)
+    assert len(set(answers(7))) == 3
+    assert answers(-7) != answers(7)
+
+
+def test_logprobs(served: Running, client: openai.OpenAI) -> None:
+    asked = pb.SamplingParams(max_tokens=6, logprobs=3)
+    turn = pb.ChatMessage(role="user", content="hi")
+    expected = served.client.generate([turn], adapter="a1", sampling=asked)
+    chat = client.chat.completions.create(
+        model="a1", messages=HI, logprobs=True, top_logprobs=3, temperature=0, max_tokens=6
+    )
+    assert chat.choices[0].logprobs is not None
+    content = chat.choices[0].logprobs.content
+    assert content is not None
+    assert [each.logprob for each in content] == [each.logprob for each in expected.logprobs]
+    for each in content:
+        assert len(each.top_logprobs) == 3
+        assert each.top_logprobs[0].logprob == each.logprob  # greedy
+        assert each.bytes is not None
+        assert len(each.bytes) == 1  # the tiny tokenizer's tokens are bytes
+    said = bytes(byte for each in content for byte in each.bytes or ())
+    assert said.decode(errors="replace") == expected.text
+    plain = client.completions.create(model="a1", prompt="hello", logprobs=2, **GREEDY)
+    found = plain.choices[0].logprobs
+    assert found is not None
+    assert found.tokens and found.token_logprobs and found.top_logprobs and found.text_offset
+    assert len(found.tokens) == len(found.token_logprobs) == len(found.top_logprobs) == 12
+    assert found.text_offset == [sum(map(len, found.tokens[:n])) for n in range(12)]
+    streamed = client.completions.create(
+        model="a1", prompt="hello", logprobs=2, stream=True, **GREEDY
+    )
+    parts = [part.choices[0].logprobs for part in streamed]
+    assert [t for part in parts if part for t in part.tokens or ()] == found.tokens
+    assert [t for part in parts if part for t in part.text_offset or ()] == found.text_offset
+
+
+def test_a_json_schema_binds_the_answer(client: openai.OpenAI) -> None:
+    wanted: Any = {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}
+    for seed in range(3):
+        made = client.chat.completions.create(
+            model="a1", messages=HI, response_format=wanted, seed=seed, max_tokens=60
+        )
+        assert made.choices[0].finish_reason == "stop"
+        jsonschema.validate(json.loads(made.choices[0].message.content or ""), SCHEMA)
+    made = client.chat.completions.create(
+        model="a1",
+        messages=HI,
+        max_tokens=20,
+        extra_body={"structured_outputs": {"regex": "(ja|nein)"}},
+    )
+    assert made.choices[0].message.content in ("ja", "nein")
+
+
+def test_vllms_fields_and_neutral_ones_pass(served: Running, client: openai.OpenAI) -> None:
+    asked = pb.SamplingParams(
+        max_tokens=12, min_tokens=3, repetition_penalty=1.5, temperature=1, top_k=3, seed=5
+    )
+    expected = served.client.generate("hello", adapter="a1", sampling=asked)
+    extra = {"min_tokens": 3, "repetition_penalty": 1.5, "top_k": 3, "tools": [], "echo": False}
+    made = client.completions.create(
+        model="a1", prompt="hello", max_tokens=12, seed=5, user="someone", extra_body=extra
+    )
+    assert made.choices[0].text == expected.text
+
+
+@pytest.mark.parametrize(
+    ("more", "field"),
+    [
+        ({"temperature": 11}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"n": 17}, "n"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 10_000}, "max_tokens"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"audio": {"voice": "x", "format": "wav"}}, "audio"),
+        ({"extra_body": {"temprature": 1}}, "temprature"),
+        ({"extra_body": {"temperature": "hot"}}, "temperature"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "n", "schema": {"type": "nothing"}},
+                }
+            },
+            "response_format",
+        ),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "messages"),
+        ({"messages": [{"role": "nobody", "content": "x"}]}, "messages"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
+                ]
+            },
+            "messages",
+        ),
+    ],
+)
+def test_what_is_wrong_or_not_served_is_refused_by_name(
+    client: openai.OpenAI, more: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(**({"model": "a1", "messages": HI} | more))
+    assert refused.value.param == field
+    assert refused.value.type == "invalid_request_error"
+    assert f"{field}: " in refused.value.message
+
+
+def test_errors_are_openais(served: Running, client: openai.OpenAI) -> None:
+    for call in (
+        lambda: client.completions.create(model="nobody", prompt="x"),
+        lambda: client.completions.create(model="nobody", prompt="x", stream=True),
+        lambda: client.models.retrieve("nobody"),
+    ):
+        with pytest.raises(openai.NotFoundError) as unknown:
+            call()
+        assert unknown.value.code == "model_not_found"
+    with pytest.raises(openai.APIStatusError) as large:
+        client.completions.create(model="a1", prompt="x" * 200_000)
+    assert large.value.status_code == 413
+    with pytest.raises(openai.NotFoundError):
+        client.embeddings.create(model="a1", input="x")
+    (served.directory / "bad.safetensors").write_bytes(b"no delta")
+    eventually(lambda: "rejected" in served.state("bad"))
+    with pytest.raises(openai.BadRequestError, match="rejected"):
+        client.completions.create(model="bad", prompt="x")
+
+
+def test_a_full_server_says_when_to_come_back(
+    serve_tiny: Callable[..., Iterator[Running]], tmp_path: Path
+) -> None:
+    serving = contextlib.contextmanager(serve_tiny)
+    with (
+        serving(tmp_path, http_listen="127.0.0.1:0", max_requests=1) as running,
+        openai.OpenAI(**settings(running)) as client,
+    ):
+        model = base_of(running)
+        long: dict[str, Any] = {"max_tokens": 400, "extra_body": {"min_tokens": 400}}
+        with client.completions.create(model=model, prompt="x", stream=True, **long) as stream:
+            next(iter(stream))
+            with pytest.raises(openai.RateLimitError) as busy:
+                client.completions.create(model=model, prompt="x")
+        assert int(busy.value.response.headers["retry-after"]) >= 1
+        # closing the stream cancelled it: there is room at once, by the client's own retries
+        with openai.OpenAI(**settings(running, max_retries=5)) as patient:
+            assert patient.completions.create(model=model, prompt="x").choices[0].text
+
+
+def test_who_goes_away_gives_up_place_and_slot(served: Running, client: openai.OpenAI) -> None:
+    long: dict[str, Any] = {"max_tokens": 450, "extra_body": {"min_tokens": 450}}
+    with client.completions.create(model="a1", prompt="x", stream=True, **long) as stream:
+        next(iter(stream))
+        assert served.client.adapter("a1").running == 1
+    eventually(lambda: served.client.adapter("a1").running == 0, seconds=2)
+    assert served.server.admission.accepted == 0
+    with pytest.raises(openai.APITimeoutError):
+        client.completions.create(model="a1", prompt="x", timeout=0.2, **long)
+    eventually(lambda: served.client.adapter("a1").running == 0, seconds=2)
+    assert served.server.admission.accepted == 0
+
+
+def test_many_at_once_from_asyncio(served: Running) -> None:
+    models = ["a1", "a2", base_of(served)] * 5
+    sampling = pb.SamplingParams(max_tokens=12)
+    expected = [
+        served.client.generate(
+            "hello", adapter=name if name != models[2] else "", sampling=sampling
+        )
+        for name in models[:3]
+    ] * 5
+
+    async def ask(client: openai.AsyncOpenAI, model: str, streams: bool) -> str:
+        if not streams:
+            made = await client.completions.create(model=model, prompt="hello", **GREEDY)
+            return made.choices[0].text
+        stream = await client.completions.create(model=model, prompt="hello", stream=True, **GREEDY)
+        return "".join([part.choices[0].text async for part in stream])
+
+    async def ask_all() -> list[str]:
+        async with openai.AsyncOpenAI(**settings(served)) as client:
+            asking = [ask(client, name, bool(at % 2)) for at, name in enumerate(models)]
+            return await asyncio.gather(*asking)
+
+    assert asyncio.run(ask_all()) == [reply.text for reply in expected]
+
+
+def test_request_ids_come_back(served: Running, client: openai.OpenAI) -> None:
+    asked = client.completions.with_raw_response
+    made = asked.create(
+        model="a1", prompt="x", max_tokens=2, extra_headers={"x-request-id": "mine"}
+    )
+    assert made.headers["x-request-id"] == "mine"
+    assert asked.create(model="a1", prompt="x", max_tokens=2).headers["x-request-id"]
+    with pytest.raises(openai.BadRequestError, match="request_id: expected at most 128"):
+        asked.create(model="a1", prompt="x", extra_headers={"x-request-id": "x" * 129})
+
+
+def test_tenants_see_and_play_their_own(
+    serve_tiny: Callable[..., Iterator[Running]], tmp_path: Path, make_adapter: Callable[..., Any]
+) -> None:
+    (directory := tmp_path / "adapters").mkdir()
+    for seed, name in enumerate(("red", "blue"), start=1):
+        write_delta(directory / f"{name}.safetensors", make_adapter(seed))
+    (tmp_path / "access.toml").write_text(
+        table("red", "red-token", adapters='["red"]')
+        + table("late", "late-token", expires="2025-01-01", adapters='["*"]')
+        + table("operator", "operator-token", admin="true", base="true")
+    )
+    access = str(tmp_path / "access.toml")
+    serving = contextlib.contextmanager(serve_tiny)
+    with serving(directory, http_listen="127.0.0.1:0", access=access) as running:
+        with openai.OpenAI(**settings(running, api_key="red-token")) as red:
+            assert [model.id for model in red.models.list()] == ["red"]
+            assert red.completions.create(model="red", prompt="x").choices[0].text
+            for model in ("blue", "nobody"):
+                for call in (
+                    lambda model=model: red.completions.create(model=model, prompt="x"),
+                    lambda model=model: red.chat.completions.create(model=model, messages=HI),
+                    lambda model=model: red.models.retrieve(model),
+                ):
+                    with pytest.raises(openai.NotFoundError) as unknown:
+                        call()
+                    assert f"expected a served adapter, got {model!r}" in unknown.value.message
+            with pytest.raises(openai.PermissionDeniedError):
+                red.completions.create(model=running.base.spec.name, prompt="x")
+        for token in ("forged", "late-token"):
+            with openai.OpenAI(**settings(running, api_key=token)) as stranger:
+                for call in (
+                    stranger.models.list,
+                    lambda: stranger.completions.create(model="red", prompt="x"),
+                ):
+                    with pytest.raises(openai.AuthenticationError, match="expected a valid token"):
+                        call()
+        with openai.OpenAI(**settings(running, api_key="operator-token")) as operator:
+            assert [model.id for model in operator.models.list()] == [running.base.spec.name]
+
+
+def test_a_drain_lets_running_answers_end_and_takes_no_more(served: Running) -> None:
+    long: dict[str, Any] = {"max_tokens": 300, "extra_body": {"min_tokens": 300}}
+    url = f"http://127.0.0.1:{served.server.http_port}/health"
+    assert urlopen(url, timeout=5).status == 200
+    with openai.OpenAI(**settings(served)) as client:
+        expected = client.completions.create(model="a1", prompt="x", temperature=0, **long)
+        stream = client.completions.create(
+            model="a1", prompt="x", temperature=0, stream=True, **long
+        )
+        text = next(stream).choices[0].text
+        assert served.server._openai is not None
+        stopping = asyncio.run_coroutine_threadsafe(served.server._openai.stop(), served.loop)
+        eventually(lambda: not reaches(url))
+        with pytest.raises(openai.APIError):
+            client.completions.create(model="a1", prompt="x")
+        assert text + "".join(part.choices[0].text for part in stream) == expected.choices[0].text
+    stopping.result(20)
+
+
+def no_token(request: Any) -> None:
+    del request.headers["Authorization"]
+
+
+def reaches(url: str) -> bool:
+    try:
+        return bool(urlopen(url, timeout=5).status == 200)
+    except OSError:
+        return False
+
+
+def test_https_takes_replaced_certificates_and_knows_tenants_by_theirs(
+    serve_tiny: Callable[..., Iterator[Running]], tmp_path: Path, make_adapter: Callable[..., Any]
+) -> None:
+    (directory := tmp_path / "adapters").mkdir()
+    (tls := tmp_path / "tls").mkdir()
+    write_delta(directory / "red.safetensors", make_adapter(1))
+    before, after, clients = trustme.CA(), trustme.CA(), trustme.CA()
+    issue(before, Files(tls))
+    clients.cert_pem.write_to_path(tls / "clients.pem")
+    (tmp_path / "access.toml").write_text(
+        table("red", adapters='["red"]', certificates='["red.example"]')
+    )
+
+    def client(authority: trustme.CA, *names: str) -> openai.OpenAI:
+        context = ssl.create_default_context()
+        authority.configure_trust(context)
+        if names:
+            clients.issue_cert(*names).configure_cert(context)
+        return openai.OpenAI(
+            base_url=f"https://127.0.0.1:{running.server.http_port}/v1",
+            api_key="none",
+            max_retries=0,
+            http_client=openai.DefaultHttpxClient(
+                verify=context, event_hooks={"request": [no_token]}
+            ),
+        )
+
+    more = {"tls_client_ca": str(tls / "clients.pem"), "access": str(tmp_path / "access.toml")}
+    serving = contextlib.contextmanager(serve_tiny)
+    with (
+        serving(directory, http_listen="127.0.0.1:0", **more, **Files(tls).settings) as running,
+        client(before, "red.example") as red,
+    ):
+        long: dict[str, Any] = {"max_tokens": 200, "extra_body": {"min_tokens": 200}}
+        stream = red.completions.create(model="red", prompt="x", stream=True, **long)
+        next(stream)
+        issue(after, Files(tls))
+        with client(after, "red.example") as renewed:
+            assert [model.id for model in renewed.models.list()] == ["red"]
+        for stranger in (client(before, "red.example"), client(after)):
+            with stranger, pytest.raises(openai.APIConnectionError):
+                stranger.models.list()
+        nobody = client(after, "nobody.example")
+        with nobody, pytest.raises(openai.AuthenticationError):
+            nobody.models.list()
+        assert [part.choices[0].finish_reason for part in stream][-1] == "length"
