@@ -86,8 +86,8 @@ class AdapterDirectory:
                         await asyncio.sleep(SETTLE_SECONDS)
                     if not self._there:
                         break  # what is watched is gone even if the path comes back
-            except OSError as error:
-                log.warning("adapter directory: %s", error)
+            except (OSError, ExceptionGroup) as error:  # of a name that is not UTF-8, for one
+                log.warning("adapter directory: %r", error)
             await asyncio.sleep(RESCAN_MILLISECONDS / 1000)
             await self.reconcile()
 

@@ -1,12 +1,12 @@
 """The files behind adapters: which there are, what their headers say, what is in them.
 
 Everything here blocks and runs on worker threads. A name stands for one file directly under the
-root; a client never names a path.
+root, or for one below it that a link leads to; a client never names a path.
 """
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -17,8 +17,9 @@ from spieldose_kernels.base_spec import BaseSpec
 from spieldose_kernels.delta import AdapterInfo
 from spieldose_kernels.delta_file import SUFFIX, DeltaReader
 from spieldose_kernels.delta_header import Declared, read_declaration, read_header
-from spieldose_kernels.errors import DeltaError, TruncatedDelta
+from spieldose_kernels.errors import DeltaError, NotADelta, TruncatedDelta
 from spieldose_kernels.sliced import PackedAdapter, Packing
+from spieldose_server.inside import leads_out, open_inside
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,22 +66,25 @@ class AdapterFiles:
         self._dtype = dtype  # of values on the device
 
     def scan(self) -> dict[str, Stamp]:
-        """Return the state of every delta file by its name. Raises OSError."""
+        """Return the state of whatever bears a delta file's name, by that name. Raises OSError.
+
+        Hidden names, and those no client could write or no terminal show, stand for nothing.
+        """
         found = {}
-        with os.scandir(self.root) as entries:
+        root = os.path.realpath(self.root)
+        with os.scandir(root) as entries:
             for entry in entries:
                 name, suffix = os.path.splitext(entry.name)
-                if suffix == SUFFIX and not name.startswith(".") and entry.is_file():
-                    try:
-                        found[name] = Stamp.of(entry.stat())
-                    except FileNotFoundError:  # gone since
-                        continue
+                if suffix == SUFFIX and not name.startswith(".") and name.isprintable():
+                    stamp = _stamp(root, entry)
+                    if stamp is not None:
+                        found[name] = stamp
         return found
 
     def is_complete(self, name: str) -> bool:
         """Say whether a file is as long as its header declares; a foreign file is complete."""
         try:
-            with open(self._path(name), "rb") as file:
+            with open_inside(self.root, f"{name}{SUFFIX}") as file:
                 return os.fstat(file.fileno()).st_size >= read_header(file).file_size
         except TruncatedDelta:
             return False
@@ -113,16 +117,28 @@ class AdapterFiles:
     @contextmanager
     def _opened(self, name: str, stamp: Stamp) -> Iterator[BufferedReader]:
         """Open a file; raise FileChanged, whatever else is wrong, unless it stays as it was."""
-        with open(self._path(name), "rb") as file:
+        if "@" in name:
+            raise NotADelta("expected a name without @, which begins a digest")
+        with open_inside(self.root, f"{name}{SUFFIX}") as file:
             try:
                 yield file
             finally:
                 if Stamp.of(os.fstat(file.fileno())) != stamp:
                     raise FileChanged
 
-    def _path(self, name: str) -> Path:
-        return self.root / f"{name}{SUFFIX}"
-
 
 def _description(info: AdapterInfo, declared: Declared) -> Description:
     return Description(info, sum(nnz for _, _, nnz in declared.values()))
+
+
+def _stamp(root: str, entry: os.DirEntry[str]) -> Stamp | None:
+    """Return a file's state, or that of a link that is no use; None: there is no file."""
+    try:
+        out = entry.is_symlink() and leads_out(root, entry.name)  # then it is not even looked at
+        return Stamp.of(entry.stat(follow_symlinks=not out))
+    except FileNotFoundError:  # gone since, or what a link led to
+        return None
+    except OSError:  # a link in a circle, say: opening it will tell
+        with suppress(FileNotFoundError):
+            return Stamp.of(entry.stat(follow_symlinks=False))
+        return None

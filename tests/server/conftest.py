@@ -57,7 +57,7 @@ def on_shelf(tmp_path: Path) -> Callable[..., Callable[[Test], None]]:
             for seed, name in enumerate(names):
                 shelf.write(name, seed=seed)
             for file in tmp_path.iterdir():
-                os.utime(file, (1e9, 1e9))  # long settled
+                os.utime(file, (1e9, 1e9), follow_symlinks=False)  # long settled
 
             async def whole() -> None:
                 await directory.take_up()
