@@ -33,7 +33,8 @@ from spieldose_kernels.delta import Adapter
 from spieldose_kernels.delta_file import SUFFIX, read_delta
 from spieldose_kernels.errors import MAX_BYTES, DeltaError
 from spieldose_kernels.sliced import view
-from spieldose_server.files import AdapterFiles, Content, Stamp
+from spieldose_server.files import AdapterFiles, Content
+from spieldose_server.stamp import Stamp
 
 KEPT = Path(__file__).parents[1] / "tests" / "seeds"
 HUNG_SECONDS = 60.0  # the first file waits for imports and compilation, 9 seconds

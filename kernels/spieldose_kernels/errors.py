@@ -7,7 +7,8 @@ SpieldoseError
 │   ├── TruncatedDelta     it ends before the size its own header declares
 │   ├── MalformedDelta     its tensors contradict each other or its metadata
 │   ├── BaseMismatch       it was trained on another base model
-│   └── ModuleMismatch     it names modules the base lacks, or has other shapes
+│   ├── ModuleMismatch     it names modules the base lacks, or has other shapes
+│   └── UntrustedDelta     it needs a signature, and has none that counts
 └── ArenaFull              the adapter does not fit into the memory set aside for deltas
 """
 
@@ -52,6 +53,10 @@ class BaseMismatch(DeltaError):
 
 class ModuleMismatch(DeltaError):
     """The delta's modules are not the base's modules."""
+
+
+class UntrustedDelta(DeltaError):
+    """No trusted key has signed the delta."""
 
 
 class ArenaFull(SpieldoseError):

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from spieldose_server.errors import ConfigError, Forbidden, Unauthenticated, UnknownAdapter
-from spieldose_server.files import Stamp
+from spieldose_server.stamp import Stamp
 
 log = logging.getLogger(__name__)
 

@@ -25,6 +25,7 @@ class ServerConfig:
     tls_certificate: str = ""  # PEM file of the server's certificate and its chain; empty: no TLS
     tls_key: str = ""  # PEM file of its key; both are read again once they change
     tls_client_ca: str = ""  # PEM file; clients must have certificates of these authorities
+    trusted_keys: str = ""  # PEM file; one of its keys has to have signed an adapter; empty: none
     access: str = ""  # TOML file of tenants, their tokens and adapters; empty: all may do all
 
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda when there is one

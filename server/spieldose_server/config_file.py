@@ -17,6 +17,7 @@ from spieldose_server.access import Access
 from spieldose_server.config import ServerConfig
 from spieldose_server.errors import ConfigError
 from spieldose_server.tls import Certificates
+from spieldose_server.trusted_keys import TrustedKeys
 
 MEANING = re.compile(r"    (\w+): [^#]*  # (.+)")  # a field of a dataclass, and its comment
 
@@ -64,6 +65,7 @@ def checked(config: ServerConfig) -> str:
     if config.access:
         Access(Path(config.access))
     Certificates.of(config)
+    TrustedKeys.of(config)
 
     what = config.base
     if Path(config.base).is_dir():

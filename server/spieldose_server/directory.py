@@ -14,10 +14,11 @@ from concurrent.futures import Executor
 from watchfiles import awatch
 
 from spieldose_kernels.delta_file import SUFFIX
-from spieldose_kernels.errors import DeltaError, TruncatedDelta
+from spieldose_kernels.errors import DeltaError, TruncatedDelta, UntrustedDelta
 from spieldose_server.errors import AdapterTooLarge, NoSuchFile, RejectedAdapter
-from spieldose_server.files import AdapterFiles, Description, FileChanged, Stamp
+from spieldose_server.files import AdapterFiles, Description, FileChanged, FileStamp
 from spieldose_server.store import AdapterStore
+from spieldose_server.trusted_keys import TrustedKeys
 from spieldose_server.versions import State, Version
 
 log = logging.getLogger(__name__)
@@ -27,18 +28,30 @@ PATIENCE_SECONDS = 3.0  # an incomplete file unchanged for so long is not being 
 RESCAN_MILLISECONDS = 1000  # for file systems that report no events
 HEADERS_AT_ONCE = 64
 
-Found = Sequence[tuple[str, Stamp]]
+Found = Sequence[tuple[str, FileStamp]]
 
 
 class AdapterDirectory:
     """Keep the store in step with a directory of delta files."""
 
-    def __init__(self, files: AdapterFiles, store: AdapterStore, worker: Executor) -> None:
+    def __init__(
+        self,
+        files: AdapterFiles,
+        store: AdapterStore,
+        worker: Executor,
+        *,
+        keys: TrustedKeys | None = None,
+    ) -> None:
         self._files = files
+        self._keys = keys
+        self._trusted = keys.current() if keys else ()
         self._store = store
         self._worker = worker
-        self._taken: dict[str, Stamp] = {}  # the file state last published, rejected or unloaded
-        self._seen: dict[str, tuple[Stamp, float]] = {}  # not yet settled, and since when
+        # None: it is looked at again
+        self._taken: dict[
+            str, FileStamp | None
+        ] = {}  # the file state last published, rejected or unloaded
+        self._seen: dict[str, tuple[FileStamp, float]] = {}  # not yet settled, and since when
         self._busy = asyncio.Lock()  # one file at a time
         self._there = True
 
@@ -59,7 +72,7 @@ class AdapterDirectory:
             ):
                 version = Version(name=name, stamp=stamp)
                 if isinstance(outcome, Description):
-                    version.description = outcome
+                    version.description, version.signature = outcome, outcome.signature
                     self._store.publish(version)
                 else:
                     self._store.reject(version, outcome)
@@ -96,6 +109,7 @@ class AdapterDirectory:
 
         While the directory itself is not there, everything stays as it is.
         """
+        self._judge()
         try:
             found = await asyncio.to_thread(self._files.scan)
         except OSError as error:
@@ -131,7 +145,21 @@ class AdapterDirectory:
             self._store.newest(name)
             self._store.retire(name)
 
-    async def _consider(self, name: str, stamp: Stamp) -> None:
+    def _judge(self) -> None:
+        """Withdraw what no trusted key vouches for any longer; look again at what was rejected."""
+        if self._keys is None or self._trusted == (trusted := self._keys.current()):
+            return
+        self._trusted = trusted
+        for version in self._store.list():
+            if version.state is State.REJECTED:
+                self._taken[version.name] = None
+            elif version.published and not version.retired:
+                try:
+                    self._keys.check(version.signature)
+                except UntrustedDelta as error:
+                    self._store.reject(version, str(error))
+
+    async def _consider(self, name: str, stamp: FileStamp) -> None:
         now = time.monotonic()
         seen, since = self._seen.get(name, (None, now))
         if seen != stamp:
@@ -141,7 +169,7 @@ class AdapterDirectory:
         if now - since >= (SETTLE_SECONDS if complete else PATIENCE_SECONDS):
             await self._take(name, stamp)
 
-    async def _take(self, name: str, stamp: Stamp) -> None:
+    async def _take(self, name: str, stamp: FileStamp) -> None:
         version = Version(name=name, stamp=stamp)
         self._store.begin(version)
         try:
@@ -161,9 +189,9 @@ class AdapterDirectory:
         self._seen.pop(name, None)
         self._taken[name] = stamp
 
-    def _describe(self, found: Found) -> list[tuple[str, Stamp, Description | str]]:
+    def _describe(self, found: Found) -> list[tuple[str, FileStamp, Description | str]]:
         """Return what each file's header says, or why it is rejected; none for those in flux."""
-        outcomes: list[tuple[str, Stamp, Description | str]] = []
+        outcomes: list[tuple[str, FileStamp, Description | str]] = []
         for name, stamp in found:
             try:
                 outcomes.append((name, stamp, self._files.describe(name, stamp)))

@@ -100,6 +100,7 @@ class Residency:
                 f"expected an adapter that takes at most {room} bytes of adapter memory, got {size}"
             )
         version.digest, version.description = content.digest, content.description
+        version.signature = content.description.signature
         version.nbytes = size
         if size <= self.host_memory and not version.retired:
             self._host[version] = content.packed
@@ -140,7 +141,7 @@ class Residency:
         try:
             loop = asyncio.get_running_loop()
             content = await loop.run_in_executor(
-                self._worker, self._files.read, version.name, version.stamp
+                self._worker, self._files.read, version.name, version.stamp, version.signature
             )
         finally:
             version.reading = False

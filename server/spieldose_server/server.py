@@ -34,6 +34,7 @@ from spieldose_server.residency import Residency
 from spieldose_server.service import InferenceService
 from spieldose_server.store import AdapterStore
 from spieldose_server.threads import apart, loader
+from spieldose_server.trusted_keys import TrustedKeys
 
 log = logging.getLogger(__name__)
 
@@ -80,10 +81,11 @@ class Server:
         self.engine = apart(partial(Engine, base, config))
         self._loader = loader()
         slab = self.engine.slab
-        files = AdapterFiles(config.adapters, base.spec, dtype=slab.dtype)
+        keys = TrustedKeys.of(config)
+        files = AdapterFiles(config.adapters, base.spec, dtype=slab.dtype, keys=keys)
         residency = Residency(slab, files, self._loader, host_memory=config.host_memory)
         self.store = AdapterStore(residency)
-        self.directory = AdapterDirectory(files, self.store, self._loader)
+        self.directory = AdapterDirectory(files, self.store, self._loader, keys=keys)
         limits = Limits(
             running=config.max_batch_requests,
             accepted=config.max_requests,

@@ -124,6 +124,8 @@ class AdapterStore:
 
     def begin(self, version: Version) -> None:
         """Show a version that is being validated before it takes its name's place."""
+        if current := self._current.get(version.name):
+            version.signature = current.signature  # the content may be the same, too
         self._newer[version.name] = version
         self.changed(version)
 

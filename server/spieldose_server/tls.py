@@ -9,7 +9,7 @@ import grpc
 
 from spieldose_server.config import ServerConfig
 from spieldose_server.errors import ConfigError
-from spieldose_server.files import Stamp
+from spieldose_server.stamp import Stamp
 
 log = logging.getLogger(__name__)
 

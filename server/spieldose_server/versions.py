@@ -3,8 +3,9 @@
 import enum
 from dataclasses import dataclass
 
+from spieldose_kernels.signature import Signature
 from spieldose_server.config import DIGEST_SHOWN
-from spieldose_server.files import Description, Stamp
+from spieldose_server.files import Description, FileStamp
 
 
 class State(enum.Enum):
@@ -24,9 +25,10 @@ class Version:
     """Hold one version. Everything in it belongs to the event loop."""
 
     name: str
-    stamp: Stamp | None = None  # of the file it is read from; None if it could not be read
+    stamp: FileStamp | None = None  # of the file it is read from; None if it could not be read
     description: Description | None = None
     digest: str = ""  # sha256 of the file, hex; empty until all of it was read
+    signature: Signature | None = None  # that vouches for its content, if one has to
     reason: str = ""  # why it is rejected
     published: bool = False  # requests may get it
     retired: bool = False  # another version, or none, has taken its place

@@ -16,6 +16,7 @@ from spieldose_server.files import AdapterFiles
 from spieldose_server.residency import Residency
 from spieldose_server.store import AdapterStore
 from spieldose_server.threads import loader
+from spieldose_server.trusted_keys import TrustedKeys
 
 from ..conftest import Running
 from .shelf import ONE, SHAPE, SPEC, Shelf, Test
@@ -38,7 +39,11 @@ def on_shelf(tmp_path: Path) -> Callable[..., Callable[[Test], None]]:
     """Run a test on a shelf with these adapters and this much room, in adapters."""
 
     def settings(
-        *names: str, slots: int = 2, room: float = 16.0, host: float = 10.0
+        *names: str,
+        slots: int = 2,
+        room: float = 16.0,
+        host: float = 10.0,
+        keys: TrustedKeys | None = None,
     ) -> Callable[[Test], None]:
         def run(test: Test) -> None:
             slab = Slab(
@@ -49,10 +54,10 @@ def on_shelf(tmp_path: Path) -> Callable[..., Callable[[Test], None]]:
                 device=torch.device("cpu"),
             )
             worker = loader()
-            files = AdapterFiles(tmp_path, SPEC, dtype=torch.float32)
+            files = AdapterFiles(tmp_path, SPEC, dtype=torch.float32, keys=keys)
             residency = Residency(slab, files, worker, host_memory=int(host * ONE))
             store = AdapterStore(residency)
-            directory = AdapterDirectory(files, store, worker)
+            directory = AdapterDirectory(files, store, worker, keys=keys)
             shelf = Shelf(tmp_path, slab, residency, store, directory)
             for seed, name in enumerate(names):
                 shelf.write(name, seed=seed)
