@@ -108,6 +108,7 @@ def test_a_broken_signature_rejects_its_adapter_and_no_other(
         await shelf.settle()
         (reason,) = reasons(shelf, "bad")
         assert reason and str(keys.directory) not in reason
+        assert (reason == UNREADABLE) == (kind in ("random", "huge", "empty"))
         assert shelf.state("good") == "resident"
 
 
