@@ -6,7 +6,7 @@ BIN := .venv/bin
 # Where that index cannot be reached, pip goes on with the others.
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,--extra-index-url https://download.pytorch.org/whl/cpu)
 
-.PHONY: demo test soak fuzz bench-cpu bench-traffic bench-gpu lint format proto config clean
+.PHONY: demo test soak fuzz bench-cpu bench-traffic bench-gpu lint format proto config metrics clean
 
 demo: .venv/installed
 	$(BIN)/python demo/run.py $(if $(BASE),--base $(BASE))
@@ -45,6 +45,9 @@ proto: .venv/installed
 
 config: .venv/installed
 	$(BIN)/python -m spieldose_server.config_file > server/spieldose.toml
+
+metrics: .venv/installed
+	$(BIN)/python -m spieldose_server.metrics_table > docs/METRICS.md
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "expected Python 3.11 or newer, got " + sys.version)'

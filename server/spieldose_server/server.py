@@ -25,7 +25,7 @@ from spieldose_server.engine import Engine
 from spieldose_server.errors import ConfigError, EngineStopped
 from spieldose_server.files import AdapterFiles
 from spieldose_server.generation import Generation
-from spieldose_server.measured import measure
+from spieldose_server.measured import introduce, measure
 from spieldose_server.metrics import Metrics
 from spieldose_server.openai_http.app import OpenAI
 from spieldose_server.openai_http.listener import Listener
@@ -96,6 +96,7 @@ class Server:
         self.admission = Admission(limits, residency)
         self.metrics = Metrics()
         measure(self.metrics, self.engine, self.store, self.admission)
+        introduce(self.metrics, base.spec)
         generation = Generation(
             base, self.engine, self.store, self.admission, config.max_prompt_bytes
         )

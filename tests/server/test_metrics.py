@@ -1,22 +1,33 @@
 """What Prometheus reads: every metric moves when it should, and labels stay bounded."""
 
 import os
+import re
+import socket
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 import pytest
+from prometheus_client.openmetrics.parser import (
+    text_string_to_metric_families as openmetrics_families,
+)
 from prometheus_client.parser import text_string_to_metric_families
 
 from spieldose_kernels.delta_file import write_delta
 from spieldose_proto import inference_pb2 as pb
-from spieldose_server.client import ClientError
-from spieldose_server.metrics import MAX_ADAPTERS, OTHERS, Metrics
+from spieldose_server.client import Client, ClientError
+from spieldose_server.engine import PAGE_TOKENS
+from spieldose_server.metrics import BASE, MAX_ADAPTERS, NONE, OTHERS, Metrics
+from spieldose_server.metrics_table import MOVES, described, page
 
 from ..conftest import Running, eventually
 from .test_adapters import Stream
+from .test_process import process
 
+CURRENT = Path(__file__).parents[2] / "docs" / "METRICS.md"
 SHORT = pb.SamplingParams(max_tokens=6)
 Sample = tuple[str, tuple[tuple[str, str], ...]]
 
@@ -33,13 +44,17 @@ def measured(
 
 
 def scraped(running: Running) -> dict[Sample, float]:
-    url = f"http://127.0.0.1:{running.server.metrics_port}/metrics"
-    text = urlopen(url, timeout=10).read().decode()
     return {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
-        for family in text_string_to_metric_families(text)
+        for family in text_string_to_metric_families(exposed(running.server.metrics_port))
         for sample in family.samples
     }
+
+
+def exposed(port: int, *, accept: str = "*/*") -> str:
+    url = Request(f"http://127.0.0.1:{port}/metrics", headers={"Accept": accept})
+    with urlopen(url, timeout=10) as answer:
+        return answer.read().decode()
 
 
 def value(found: dict[Sample, float], name: str, **labels: str) -> float:
@@ -111,10 +126,132 @@ def test_errors_are_counted_by_their_code_and_make_no_labels(measured: Running) 
     assert not any("nobody" in str(sample) for sample in found)
 
 
-def test_a_thousand_adapters_make_no_thousand_labels() -> None:
+# by name: what shows that it moved between an idle server, one that generates, and after traffic
+GROWS = """
+    requests_total tokens_total prompt_tokens_total queue_seconds first_token_seconds
+    inter_token_seconds load_seconds step_adapters step_requests step_tokens leases_total
+    evictions_total steps_total cached_tokens_total
+""".split()
+HELD = "requests_running requests_accepted kv_pages_held".split()
+CHANGES = "adapter_bytes adapters".split()
+STAYS = "kv_pages adapter_budget_bytes build_info".split()
+
+
+def test_every_metric_moves_or_stays_as_it_should(measured: Running) -> None:
+    idle = families(exposed(measured.server.metrics_port))
+    with Stream(measured, "a1"):
+        playing = families(exposed(measured.server.metrics_port))
+    for name in ("a2", "a3"):  # a1 has to leave
+        for _ in range(2):
+            measured.client.generate("x" * 200, adapter=name, sampling=SHORT)
+    eventually(lambda: value(scraped(measured), "requests_accepted") == 0)
+    after = families(exposed(measured.server.metrics_port))
+    for name in GROWS:
+        kinds = set(idle[name]) | set(after[name])
+        growth = [after[name][kind] - idle[name].get(kind, 0) for kind in kinds]
+        assert min(growth) >= 0 < max(growth), name
+    for name in HELD:
+        assert idle[name] == after[name] == {(): 0}, name
+        assert playing[name][()] > 0, name
+    for name in CHANGES:
+        assert idle[name] != playing[name] != after[name], name
+    for name in STAYS:
+        assert idle[name] == playing[name] == after[name], name
+    assert after["kv_pages"] == {(): 4096 / PAGE_TOKENS}
+    config = measured.server.config
+    assert after["adapter_budget_bytes"] == {
+        ("device",): config.adapter_memory,
+        ("host",): config.host_memory,
+    }
+    spec = measured.base.spec
+    assert after["build_info"] == {
+        (spec.name, spec.fingerprint[:12], version("spieldose")): 1,
+    }
+    process = {name for name in after if name.startswith("process_")}
+    assert after["process_cpu_seconds_total"][()] > idle["process_cpu_seconds_total"][()]
+    assert all(after[name][()] > 0 for name in process)
+    assert set(after) == {*GROWS, *HELD, *CHANGES, *STAYS, *process}
+
+
+def families(text: str) -> dict[str, dict[tuple[str, ...], float]]:
+    """Return each metric's values by its labels' values; a histogram's are its sums."""
+    found: dict[str, dict[tuple[str, ...], float]] = {}
+    for family in text_string_to_metric_families(text):
+        name = family.name.removeprefix("spieldose_")
+        name += "_total" if family.type == "counter" else ""
+        found[name] = {
+            tuple(label for _, label in sorted(sample.labels.items())): sample.value
+            for sample in family.samples
+            if not sample.name.endswith(("_bucket", "_count"))
+        }
+    return found
+
+
+def test_the_page_in_the_tree_is_current() -> None:
+    assert CURRENT.read_text() == page(), "run `make metrics`"
+    assert list(MOVES) == [metric.name for metric in described()]
+
+
+def test_a_process_exposes_what_is_documented_and_nothing_else(
+    tiny_directory: Path, tmp_path: Path, make_adapter: Callable[..., Any]
+) -> None:
+    write_delta(tmp_path / "a1.safetensors", make_adapter(1))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    metrics = ("--metrics-listen", f"127.0.0.1:{port}")
+    with process(tiny_directory, tmp_path, *metrics) as (_, address), Client(address) as client:
+        client.generate("hello", adapter="a1", sampling=SHORT)
+        text = exposed(port)
+        opened = exposed(port, accept="application/openmetrics-text")
+    found = list(text_string_to_metric_families(text))
+    documented = list(described())
+    assert {(_scraped_name(f), f.type, f.documentation) for f in found} == {
+        (metric.name, metric.type, metric.what) for metric in documented
+    }
+    for family in found:
+        labels = {label for sample in family.samples for label in sample.labels} - {"le"}
+        assert labels == set(re.findall(r"`(\w+)`", MOVES[_scraped_name(family)][0])), family.name
+    names = {sample.name for f in openmetrics_families(opened) for sample in f.samples}
+    assert names == {sample.name for family in found for sample in family.samples}
+
+
+def _scraped_name(family: Any) -> str:
+    return str(family.name) + ("_total" if family.type == "counter" else "")
+
+
+def test_a_thousand_adapters_that_play_make_no_thousand_labels(
+    serve_tiny: Callable[..., Iterator[Running]], tmp_path: Path, make_adapter: Callable[..., Any]
+) -> None:
+    write_delta(first := tmp_path / "a0.safetensors", make_adapter(1))
+    os.utime(first, (1e9, 1e9))
+    for i in range(1, 1000):
+        os.link(first, tmp_path / f"a{i}.safetensors")
+    one = pb.SamplingParams(max_tokens=1)
+    for running in serve_tiny(tmp_path, metrics_listen="127.0.0.1:0"):
+
+        def play(adapter: str, client: Client = running.client) -> None:
+            client.generate("x", adapter=adapter, sampling=one)
+
+        with ThreadPoolExecutor(16) as pool:
+            list(pool.map(play, (f"a{i}" for i in range(1000))))
+        play("")
+        with pytest.raises(ClientError):
+            play("nobody")
+        found = scraped(running)
+    for name in ("requests_total", "tokens_total", "prompt_tokens_total"):
+        labels = {dict(ls)["adapter"] for metric, ls in found if metric == f"spieldose_{name}"}
+        others = {OTHERS, BASE, NONE} if name == "requests_total" else {OTHERS, BASE}
+        assert labels >= others
+        assert len(labels - others) == MAX_ADAPTERS
+    assert value(found, "requests_total", adapter=OTHERS, code="OK") == 1000 - MAX_ADAPTERS
+    assert len(found) < 1000
+
+
+def test_those_that_have_labels_keep_them() -> None:
     metrics = Metrics()
-    labels = {metrics.label(f"a{i}") for i in range(1000)}
-    assert len(labels) == MAX_ADAPTERS + 1
+    for i in range(1000):
+        metrics.label(f"a{i}")
     assert metrics.label("a0") == "a0"
     assert metrics.label("a999") == OTHERS
 
