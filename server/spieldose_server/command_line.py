@@ -131,6 +131,20 @@ def _make_token(*, days: int = 90) -> None:
     print(f'tokens = [{{ sha256 = "{hashed(made)}", expires = {expires} }}]', file=sys.stderr)
 
 
+def top(arguments: Sequence[str]) -> None:
+    """Show what a server does, live in the terminal."""
+    from spieldose_server.top import TopArguments, show
+
+    asked = tyro.cli(TopArguments, prog="spieldose top", args=arguments)
+    with _client(asked.server) as client:
+
+        def state(name: str) -> str:
+            adapter = client.adapter(name)
+            return f"{_state(adapter.state)}, {adapter.memory_bytes / 1e6:.1f} MB"
+
+        show(asked, state)
+
+
 def _client(server: str) -> "Client":
     """Connect as the environment says: a flag with a token could be read by all on the machine."""
     import grpc
