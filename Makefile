@@ -48,6 +48,7 @@ config: .venv/installed
 
 metrics: .venv/installed
 	$(BIN)/python -m spieldose_server.metrics_table > docs/METRICS.md
+	$(BIN)/python docs/grafana/dashboard.py > docs/grafana/spieldose.json
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "expected Python 3.11 or newer, got " + sys.version)'
