@@ -128,7 +128,7 @@ def quantile(buckets: Mapping[Labels, float], q: float) -> float | None:
         return None
     rank = q * bounds[-1][1]
     for (low, below), (high, count) in pairwise([(0.0, 0.0), *bounds]):
-        if count >= rank and count > below:
+        if count >= rank:
             return (
                 low if math.isinf(high) else low + (high - low) * (rank - below) / (count - below)
             )

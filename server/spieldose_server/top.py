@@ -1,6 +1,7 @@
 """The `spieldose top` command: a server's metrics, live in the terminal."""
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -110,4 +111,6 @@ def _draw(shown: RenderableType, file: Path) -> None:
     with open(os.devnull, "w") as nowhere:
         console = Console(record=True, width=PICTURE_WIDTH, file=nowhere, force_terminal=True)
         console.print(shown)
-    console.save_svg(str(file), title="spieldose top")
+    drawn = console.export_svg(title="spieldose top")
+    # a picture asks nobody else for its font; without one it is drawn in any of fixed width
+    file.write_text(re.sub(r"@font-face \{.*?\}", "", drawn, flags=re.DOTALL), encoding="utf-8")

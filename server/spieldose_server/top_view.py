@@ -11,6 +11,7 @@ from rich.text import Text
 from spieldose_server.rates import Level, Quantiles, Rates
 
 ROWS = 12  # adapters shown
+LINES = 5  # of each panel above them
 LATENCIES = {
     "queue": "in the queue",
     "first_token": "first token",
@@ -27,14 +28,14 @@ def frame(rates: Rates, where: Mapping[str, str], *, source: str) -> RenderableT
         ("spieldose ", "bold"), rates.version, "  ", (rates.base, "cyan"), f"  {source}"
     )
     upper = _side_by_side(
-        _panel("traffic", _traffic(rates)),
-        _panel("latency", _latency(rates.latency)),
-        _panel("a forward pass", _steps(rates)),
+        _panel("traffic", _traffic(rates), lines=LINES),
+        _panel("latency", _latency(rates.latency), lines=LINES),
+        _panel("a forward pass", _steps(rates), lines=LINES),
     )
     lower = _side_by_side(
-        _panel("memory", _memory(rates)),
-        _panel("adapters a second", _adapters(rates)),
-        _panel("errors a second", _errors(rates.errors)),
+        _panel("memory", _memory(rates), lines=LINES),
+        _panel("adapters a second", _adapters(rates), lines=LINES),
+        _panel("errors a second", _errors(rates.errors), lines=LINES),
     )
     return Group(title, upper, lower, _panel("busiest adapters", _busiest(rates, where)))
 
@@ -47,8 +48,9 @@ def _side_by_side(*panels: RenderableType) -> Table:
     return grid
 
 
-def _panel(title: str, content: RenderableType) -> Panel:
-    return Panel(content, title=title, title_align="left", border_style="blue", height=None)
+def _panel(title: str, content: RenderableType, *, lines: int | None = None) -> Panel:
+    height = None if lines is None else lines + 2
+    return Panel(content, title=title, title_align="left", border_style="blue", height=height)
 
 
 def _rows(*rows: tuple[str, str]) -> Table:
@@ -121,7 +123,8 @@ def _adapters(rates: Rates) -> Table:
 
 
 def _errors(errors: Mapping[str, float]) -> Table:
-    return _rows(*((code, _number(rate)) for code, rate in sorted(errors.items())))
+    most = sorted(errors.items(), key=lambda error: (-error[1], error[0]))[:LINES]
+    return _rows(*((code, _number(rate)) for code, rate in most or [("none", 0.0)]))
 
 
 def _busiest(rates: Rates, where: Mapping[str, str]) -> Group:
@@ -141,7 +144,8 @@ def _busiest(rates: Rates, where: Mapping[str, str]) -> Group:
 def _number(value: float | None) -> str:
     if value is None:
         return "-"
-    return f"{value:,.0f}" if value >= 100 or not value else f"{value:.3g}"
+    decimals = 0 if value >= 100 or not value else 1 if value >= 10 else 2
+    return f"{value:,.{decimals}f}"
 
 
 def _seconds(value: float | None) -> str:

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -203,6 +204,7 @@ def test_the_command_shows_a_frame_of_a_server_with_traffic(
         assert command("top", "--svg", str(picture), *urls).returncode == 0
         assert picture.read_text().startswith("<svg")
         assert "busiest" in picture.read_text()
+        assert re.findall(r"url\(['\"]?http", picture.read_text()) == []  # loads nothing
 
 
 def test_a_server_that_goes_away_is_a_line_and_comes_back(start: Callable[[int], Any]) -> None:
@@ -216,8 +218,11 @@ def test_a_server_that_goes_away_is_a_line_and_comes_back(start: Callable[[int],
         assert f"http://127.0.0.1:{port}/metrics: expected a server's metrics, got: " in gone
         assert "trying again" in gone
         assert "Traceback" not in gone
-    with start(port):
-        assert "busiest adapters" in shown(next(frames))
+    with start(port) as running:
+        running.client.generate("hello", adapter="a1", sampling=pb.SamplingParams(max_tokens=2))
+        back = shown(next(frames))
+        assert "busiest adapters" in back
+        assert "0 played" in back  # what it did while it was away is no rate
 
 
 def test_a_frame_without_a_server_is_an_error() -> None:
