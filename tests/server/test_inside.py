@@ -271,9 +271,9 @@ def test_names_of_no_file_are_not_found_whoever_asks(running: Running) -> None:
     (running.directory.parent / "a1.safetensors").write_bytes(payload)
     client = running.client
     asks: list[Callable[[str], object]] = [
-        client.load,
+        running.admin.load,
         client.adapter,
-        client.unload,
+        running.admin.unload,
         lambda adapter: client.generate("x", adapter=adapter),
     ]
     for name in NAMES:
@@ -303,7 +303,7 @@ def test_forged_versions_are_not_found(running: Running) -> None:
     ]
     client = running.client
     asks: list[Callable[[str], object]] = [
-        client.load,
+        running.admin.load,
         client.adapter,
         lambda adapter: client.generate("x", adapter=adapter),
     ]
