@@ -142,7 +142,7 @@ class Generation:
                         observed.got(index, len(event.token_ids))
                     yield event
         log.info(
-            "request %s adapter %s: %d + %d tokens in %.2f s",
+            "request %r adapter %s: %d + %d tokens in %.2f s",
             question.id,
             turn.version or "(base)",
             end.prompt_tokens,

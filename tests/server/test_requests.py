@@ -1,5 +1,6 @@
 """What a client may ask, and how a wrong request is refused."""
 
+import logging
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -10,7 +11,7 @@ from grpc_status import rpc_status
 from spieldose_proto import inference_pb2 as pb
 from spieldose_server.client import Client, ClientError
 
-from ..conftest import Running
+from ..conftest import Running, eventually
 
 MAX_CONTEXT = 512
 
@@ -159,3 +160,15 @@ def test_the_model_is_described(running: Running) -> None:
 def sample(client: Client, seed: int) -> tuple[int, ...]:
     sampling = pb.SamplingParams(max_tokens=20, temperature=1.5, top_p=0.95, top_k=40, seed=seed)
     return client.generate("hello", adapter=f"a{seed % 4 + 1}", sampling=sampling).token_ids
+
+
+def test_a_request_id_begins_no_line_of_the_log(
+    running: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    request = pb.GenerateRequest(
+        request_id="mine\nINFO forged", text="x", sampling_params=pb.SamplingParams(max_tokens=2)
+    )
+    with caplog.at_level(logging.INFO):
+        list(running.client.inference.Generate(request))
+        eventually(lambda: "forged" in caplog.text)
+    assert not any("\n" in record.getMessage() for record in caplog.records)
