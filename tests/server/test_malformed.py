@@ -64,7 +64,7 @@ def test_a_mutated_request_gets_an_answer_or_a_reason(
     alone = running.client.generate("hello", adapter="a1", sampling=pb.SamplingParams(max_tokens=9))
     codes = set()
 
-    @settings(max_examples=300, derandomize=True, deadline=None, database=None)
+    @settings(max_examples=900, derandomize=True, deadline=None, database=None)
     @given(st.randoms(use_true_random=False), st.integers(1, 4))
     def mutate(chance: random.Random, times: int) -> None:
         payload = bytearray(SOUND)
