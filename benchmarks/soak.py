@@ -111,7 +111,7 @@ class Discs:
 class Soak:
     """Clients, and what happens to the adapters meanwhile."""
 
-    def __init__(self, arguments: Arguments, address: str, discs: Discs) -> None:
+    def __init__(self, arguments: Arguments, address: str, admin: str, discs: Discs) -> None:
         self.tally = Tally()
         self._arguments = arguments
         self._discs = discs
@@ -119,7 +119,8 @@ class Soak:
         options = [("grpc.use_local_subchannel_pool", 1)]
         self.channel = grpc.aio.insecure_channel(address, options=options)
         self._inference = rpc.InferenceStub(self.channel)
-        self._adapters = rpc.AdaptersStub(self.channel)
+        self.admin = grpc.aio.insecure_channel(admin)
+        self._adapters = rpc.AdaptersStub(self.admin)
         self._names = [f"canary{i}" for i in range(arguments.adapters)]
         self._weights = [1 / (1 + i) for i in range(arguments.adapters)]  # Zipf's
         self._base_answer: list[int] = []
@@ -289,15 +290,16 @@ def main() -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{probe.getsockname()[1]}"
+        admin = f"unix:{root}/admin.sock"
         command = [
             *(str(Path(sys.executable).with_name("spieldose")), "serve"),
             *("--base", str(root / "base"), "--adapters", str(root / "adapters")),
-            *("--listen", address, "--adapter-memory", str(memory)),
+            *("--listen", address, "--admin-listen", admin, "--adapter-memory", str(memory)),
             *("--compute-dtype", "float32", "--kv-tokens", "16384"),
         ]
         with open(root / "log", "w") as log, subprocess.Popen(command, stderr=log) as server:
             try:
-                result = asyncio.run(soak(arguments, address, discs, server.pid))
+                result = asyncio.run(soak(arguments, address, admin, discs, server.pid))
             finally:
                 server.send_signal(signal.SIGTERM)
             result["exit"] = server.wait(60)
@@ -306,9 +308,11 @@ def main() -> None:
     sys.exit(bool(bad) or result["memory_growth"] > FLAT)
 
 
-async def soak(arguments: Arguments, address: str, discs: Discs, pid: int) -> dict[str, object]:
+async def soak(
+    arguments: Arguments, address: str, admin: str, discs: Discs, pid: int
+) -> dict[str, object]:
     """Warm the server up, measure, soak it, measure again."""
-    soak = Soak(arguments, address, discs)
+    soak = Soak(arguments, address, admin, discs)
     await asyncio.wait_for(soak.channel.channel_ready(), 120)
     await soak.run(min(15.0, arguments.seconds / 4))
     await soak.settled()
@@ -317,6 +321,7 @@ async def soak(arguments: Arguments, address: str, discs: Discs, pid: int) -> di
     await soak.settled()
     after = resident_bytes(pid)
     await soak.channel.close()
+    await soak.admin.close()
     tally = soak.tally
     for complaint in tally.complaints:
         print(complaint)
