@@ -71,16 +71,21 @@ class Serving(Timed):
 
     def __init__(self, base: str, adapters: Path, settings: dict[str, Any]) -> None:
         self._config = ServerConfig(
-            base=base, adapters=adapters, listen="127.0.0.1:0", device="cpu", **settings
+            base=base,
+            adapters=adapters,
+            listen="127.0.0.1:0",
+            admin_listen="127.0.0.1:0",
+            device="cpu",
+            **settings,
         )
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
         self._server: Server = self._do(self._start())
         self._asked = 0
 
-    def address(self) -> str:
-        """Return where it listens."""
-        return f"127.0.0.1:{self._server.port}"
+    def addresses(self) -> tuple[str, str]:
+        """Return where it listens to clients, and to administrators."""
+        return f"127.0.0.1:{self._server.port}", f"127.0.0.1:{self._server.admin_port}"
 
     def evictions(self) -> int:
         """Return how often an adapter has left the device for another."""

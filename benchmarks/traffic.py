@@ -108,12 +108,12 @@ class Answer:
 class Clients:
     """Send requests to one server, many at once."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, admin: str) -> None:
         self._channel = grpc.aio.insecure_channel(
             address, options=[("grpc.use_local_subchannel_pool", 1)]
         )
         self._inference = rpc.InferenceStub(self._channel)
-        self._adapters = rpc.AdaptersStub(self._channel)
+        self._adapters = rpc.AdaptersStub(grpc.aio.insecure_channel(admin))
         self._asked = 0
 
     async def ask(self, adapter: str, answer: Answer, *, prompt: int, tokens: int) -> None:
@@ -218,7 +218,7 @@ class Bench:
         load = {"prompt": 16, "tokens": 64}
         bare = _opened(stack, Side(Bare, self._base))
         serving = self._serve(stack, self._discs.write("none", 0, 0.0))
-        clients = Clients(serving("address"))
+        clients = Clients(*serving("addresses"))
         seeds = count()
 
         async def generate(kind: str, requests: int) -> None:
@@ -261,7 +261,7 @@ class Bench:
         kinds = {"8 alone": (8, 8), "8": (16, 8), "16": (16, 16)}  # clients, adapters
         directory = self._discs.write("thrash", 16, arguments.density)
         serving = self._serve(stack, directory, max_adapters=8)
-        clients = Clients(serving("address"))
+        clients = Clients(*serving("addresses"))
 
         async def run(kind: str) -> None:
             number, adapters = kinds[kind]
@@ -297,7 +297,7 @@ class Bench:
         for number in range(LOADS * (arguments.rounds + 1)):
             self._discs.add(directory, f"cold{number}", arguments.largest)
         serving = self._serve(stack, directory)
-        clients = Clients(serving("address"))
+        clients = Clients(*serving("addresses"))
         numbers = count()
 
         async def run() -> None:
@@ -341,7 +341,7 @@ class Bench:
             kind: self._serve(stack, self._discs.write(f"of{kind}-", number, arguments.density))
             for kind, number in kinds.items()
         }
-        clients = {kind: Clients(serving("address")) for kind, serving in servers.items()}
+        clients = {kind: Clients(*serving("addresses")) for kind, serving in servers.items()}
         draw = Random(0)
 
         def zipf(kind: str) -> Callable[[int], str]:
