@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import gc
 import json
+import socket
 import ssl
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -397,6 +399,21 @@ def test_a_drain_lets_running_answers_end_and_takes_no_more(served: Running) -> 
             client.completions.create(model="a1", prompt="x")
         assert text + "".join(part.choices[0].text for part in stream) == expected.choices[0].text
     stopping.result(20)
+
+
+@pytest.mark.parametrize("turns", range(4))
+def test_a_connection_accepted_as_the_server_closes_is_closed(served: Running, turns: int) -> None:
+    listener = served.server._openai
+    assert listener is not None
+
+    async def connect_and_stop() -> None:
+        with socket.create_connection(("127.0.0.1", listener.port)):
+            for _ in range(turns):  # of the loop, until the connection is accepted
+                await asyncio.sleep(0)
+            await listener.stop()
+
+    served.do(connect_and_stop())
+    gc.collect()  # a lost one warns
 
 
 def no_token(request: Any) -> None:

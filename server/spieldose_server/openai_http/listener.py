@@ -19,6 +19,7 @@ class Listener:
     def __init__(self, openai: OpenAI, config: ServerConfig) -> None:
         """Prepare to serve. Raises ConfigError."""
         self.port = 0  # known once started
+        self._server: asyncio.Server | None = None
         self._openai = openai
         self._address = config.http_listen
         self._certificates = Certificates.of(config)
@@ -32,20 +33,35 @@ class Listener:
     async def start(self) -> None:
         """Take the address and answer. Raises ConfigError."""
         await self._runner.setup()
+        assert self._runner.server is not None
         host, _, port = self._address.rpartition(":")
         tls = self._certificates.context() if self._certificates else None
-        site = web.TCPSite(self._runner, host.strip("[]"), int(port), ssl_context=tls)
+        loop = asyncio.get_running_loop()
         try:
-            await site.start()
+            self._server = await loop.create_server(
+                self._runner.server, host.strip("[]"), int(port), ssl=tls
+            )
         except OSError as error:
             raise ConfigError(
                 f"http_listen: expected a free address, got {self._address}"
             ) from error
-        self.port = self._runner.addresses[0][1]
+        self.port = self._server.sockets[0].getsockname()[1]
         log.info("OpenAI's clients on %s:%d", host, self.port)
 
     async def stop(self) -> None:
         """Refuse new requests, and give running ones `drain_seconds` to end."""
         self._openai.draining = True
+        if self._server is not None:
+            await self._accept_no_more(self._server)
         await self._runner.cleanup()
         await asyncio.sleep(0)  # TLS connections close in a callback
+
+    async def _accept_no_more(self, server: asyncio.Server) -> None:
+        """Close the address; what was accepted before is a connection by then.
+
+        asyncio loses, without closing it, a connection it accepted just before its server closed.
+        """
+        for listening in server.sockets:
+            asyncio.get_running_loop().remove_reader(listening)
+        await asyncio.sleep(0)
+        server.close()
