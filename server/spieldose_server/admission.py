@@ -89,6 +89,7 @@ class Turn:
     tenant: Tenant
     share: Share
     version: Version | None  # what plays; None: the base
+    ready: int  # when that was on the device, by time.perf_counter_ns
 
     def charge(self, tokens: int) -> None:
         """Count tokens as served."""
@@ -170,7 +171,7 @@ class Admission:
         while True:
             version = None if lease is None else await lease.ready()
             share = self._join(tenant, "" if version is None else version.name)
-            turn = Turn(tenant, share, version)
+            turn = Turn(tenant, share, version, time.perf_counter_ns())
             place = asyncio.get_running_loop().create_future()
             share.queue[place] = turn
             self._advance()

@@ -5,7 +5,6 @@ the trainer. Heavy imports wait until a command's arguments are known to be righ
 """
 
 import asyncio
-import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -60,9 +59,9 @@ def serve(arguments: Sequence[str]) -> None:
         print(checked(config))
         return
     from spieldose_server import server
+    from spieldose_server.log_format import set_up_logging
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("watchfiles").setLevel(logging.WARNING)
+    set_up_logging(config.log_format)
     asyncio.run(server.serve(config))
 
 

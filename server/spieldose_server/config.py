@@ -25,6 +25,9 @@ class ServerConfig:
     tls_certificate: str = ""  # PEM file of the server's certificate and its chain; empty: no TLS
     tls_key: str = ""  # PEM file of its key; both are read again once they change
     tls_client_ca: str = ""  # PEM file; clients must have certificates of these authorities
+    otlp_endpoint: str = ""  # URL of an OpenTelemetry collector, http or https; empty: no traces
+    trace_ratio: float = 1.0  # share of the requests traced whose caller does not say
+    log_format: Literal["text", "json"] = "text"  # of the log, on stderr
     trusted_keys: str = ""  # PEM file; one of its keys has to have signed an adapter; empty: none
     access: str = ""  # TOML file of tenants, their tokens and adapters; empty: all may do all
 
@@ -72,6 +75,12 @@ class ServerConfig:
             _check_address("http_listen", self.http_listen, sockets=False)
         if self.metrics_listen:
             _check_address("metrics_listen", self.metrics_listen, sockets=False)
+        if self.otlp_endpoint and not self.otlp_endpoint.startswith(("http://", "https://")):
+            raise ConfigError(
+                f"otlp_endpoint: expected http://HOST:PORT or https://…, got {self.otlp_endpoint!r}"
+            )
+        if not 0 <= self.trace_ratio <= 1:
+            raise ConfigError(f"trace_ratio: expected 0 to 1, got {self.trace_ratio}")
         if bool(self.tls_certificate) != bool(self.tls_key):
             raise ConfigError("tls_certificate and tls_key: expected both or none, got one")
         if self.tls_client_ca and not self.tls_certificate:

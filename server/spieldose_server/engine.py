@@ -120,8 +120,10 @@ class Engine:
         if request.sampling.logprobs is not None:
             self._logprobs[request.id] = logprobs
         ends = self.end_ids.union(request.sampling.stop_token_ids)
+        submitted = False
         try:
             self._submit(request)
+            submitted = True
             seen, finished = 0, False
             while not finished:
                 output = await _latest(outputs)
@@ -133,7 +135,7 @@ class Engine:
                 given = [logprobs.popleft() for _ in ids] if logprobs else []
                 yield Tokens(ids, finished, finished and ids[-1] in ends, given)
         finally:
-            if not gone.is_set():
+            if submitted and not gone.is_set():
                 self._cancelled.add(request.id)
                 self._manager.cancel_request(request.id)
                 await self._let_go(gone)

@@ -1,9 +1,7 @@
 """Answers to questions, whatever wire they come by: adapter leased, turn taken, tokens as text."""
 
 import asyncio
-import logging
 import secrets
-import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
@@ -16,15 +14,13 @@ from spieldose_server.constraint import Constraint, Grammars
 from spieldose_server.engine import Engine
 from spieldose_server.errors import InvalidRequest
 from spieldose_server.merged import merged
-from spieldose_server.metrics import Observed
+from spieldose_server.observed import Observed
 from spieldose_server.prompts import Prompts
 from spieldose_server.request import GenerationRequest, Prompt, Question, fit
 from spieldose_server.sampling import TokenLogprob
 from spieldose_server.store import AdapterStore, Lease
 from spieldose_server.text import TextStream
 from spieldose_server.versions import Version
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +87,7 @@ class Generation:
         The adapter begins to load before anything else is done, and a reader that is slow keeps
         nothing from its end.
         """
+        observed.asks(question)
         caller = CALLER.get()
         with self._admission.accept(caller.tenant) as tenant, ExitStack() as stack:
             caller.check_play(question.adapter_id)
@@ -99,7 +96,7 @@ class Generation:
                 for _ in range(question.sampling.n)
             ]
             held = leases[0].version if leases[0] else None
-            observed.plays(held.name if held else "")
+            observed.plays(held)
             prepared = await self._prepare(question, template=_template(held))
             answers = [
                 self._answer(tenant, lease, question, prepared, index, observed)
@@ -119,11 +116,12 @@ class Generation:
         observed: Observed,
     ) -> AsyncGenerator[Piece | Completed]:
         """Wait for a turn, then play one answer."""
-        began = time.perf_counter()
         async with self._admission.turn(tenant, lease, tokens=len(prepared.tokens)) as turn:
             if _template(turn.version) != prepared.template:  # replaced while it waited
                 prepared = await self._prepare(question, template=_template(turn.version))
-            observed.began(len(prepared.tokens))
+            observed.began(
+                index, turn.version, ready=turn.ready, prompt_tokens=len(prepared.tokens)
+            )
             generation = GenerationRequest(
                 id=secrets.token_hex(8),
                 tokens=prepared.tokens,
@@ -137,18 +135,10 @@ class Generation:
             async with aclosing(self._play(generation, turn, index)) as events:
                 async for event in events:
                     if isinstance(event, Completed):
-                        end = event
+                        observed.finished(index, stopped=event.stopped)
                     elif event.token_ids:
                         observed.got(index, len(event.token_ids))
                     yield event
-        log.info(
-            "request %r adapter %s: %d + %d tokens in %.2f s",
-            question.id,
-            turn.version or "(base)",
-            end.prompt_tokens,
-            end.completion_tokens,
-            time.perf_counter() - began,
-        )
 
     async def _play(
         self, generation: GenerationRequest, turn: Turn, index: int

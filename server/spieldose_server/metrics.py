@@ -4,18 +4,14 @@ What has a distribution is told as it happens; the rest is counted where it happ
 when somebody asks. Adapters have labels of their own as long as there are few of them.
 """
 
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
-import grpc
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from spieldose_server.batch import Step
-from spieldose_server.errors import ServerError
 
 MAX_ADAPTERS = 100  # the first so many to be played have labels of their own
 BASE, OTHERS, NONE = "(base)", "(others)", "(none)"
@@ -49,22 +45,9 @@ class Metrics:
         self._batch.observe(step.requests)
         self._width.observe(step.tokens)
 
-    @contextmanager
-    def request(self) -> Iterator["Observed"]:
-        """Count a request by the adapter it played and by how it ended."""
-        observed = Observed(self)
-        code = grpc.StatusCode.CANCELLED
-        try:
-            yield observed
-            code = grpc.StatusCode.OK
-        except ServerError as error:
-            code = error.code
-            raise
-        except Exception:
-            code = grpc.StatusCode.INTERNAL
-            raise
-        finally:
-            self._requests.labels(observed.adapter, code.name).inc()
+    def request(self, adapter: str, code: str) -> None:
+        """Count a request by the label of the adapter it played and by how it ended."""
+        self._requests.labels(adapter, code).inc()
 
     def prompt(self, adapter: str, tokens: int) -> None:
         """Count a prompt."""
@@ -103,36 +86,6 @@ class Metrics:
     def _counts(self, name: str, what: str) -> Histogram:
         histogram: Histogram = self._make(Histogram, name, what, buckets=COUNTS)
         return histogram
-
-
-class Observed:
-    """Follow one request."""
-
-    def __init__(self, metrics: Metrics) -> None:
-        self.adapter = NONE  # its label; that of one that is not served stays none
-        self._metrics = metrics
-        self._arrived = time.perf_counter()
-        self._last: dict[int, float] = {}  # when each answer had its latest token
-
-    def plays(self, adapter: str) -> None:
-        """Say which adapter the request plays."""
-        self.adapter = self._metrics.label(adapter)
-
-    def began(self, prompt_tokens: int) -> None:
-        """Take note that an answer of the request has a place in the engine."""
-        self._metrics.queue.observe(time.perf_counter() - self._arrived)
-        self._metrics.prompt(self.adapter, prompt_tokens)
-
-    def got(self, index: int, tokens: int) -> None:
-        """Take note of an answer's new tokens, which may have come several at once."""
-        now = time.perf_counter()
-        if index not in self._last:
-            self._metrics.first.observe(now - self._arrived)
-        else:
-            for _ in range(tokens):
-                self._metrics.between.observe((now - self._last[index]) / tokens)
-        self._last[index] = now
-        self._metrics.answer(self.adapter, tokens)
 
 
 class _Read(Collector):

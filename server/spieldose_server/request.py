@@ -34,6 +34,11 @@ class Question:
     prompt: Prompt
     sampling: SamplingParams
 
+    @property
+    def is_chat(self) -> bool:
+        """Say whether messages are asked, not a text or tokens."""
+        return bool(self.prompt) and isinstance(self.prompt[0], Message)
+
     def __post_init__(self) -> None:
         if (length := len(self.id)) > MAX_REQUEST_ID:
             raise InvalidRequest(

@@ -27,6 +27,7 @@ from spieldose_server.files import AdapterFiles
 from spieldose_server.generation import Generation
 from spieldose_server.measured import introduce, measure
 from spieldose_server.metrics import Metrics
+from spieldose_server.observer import Observer
 from spieldose_server.openai_http.app import OpenAI
 from spieldose_server.openai_http.listener import Listener
 from spieldose_server.port import Port, Services
@@ -34,6 +35,7 @@ from spieldose_server.residency import Residency
 from spieldose_server.service import InferenceService
 from spieldose_server.store import AdapterStore
 from spieldose_server.threads import apart, loader
+from spieldose_server.tracing import Tracing
 from spieldose_server.trusted_keys import TrustedKeys
 
 log = logging.getLogger(__name__)
@@ -97,17 +99,19 @@ class Server:
         self.metrics = Metrics()
         measure(self.metrics, self.engine, self.store, self.admission)
         introduce(self.metrics, base.spec)
+        self._tracing = Tracing.of(config, base=base.spec.name)
+        observer = Observer(self.metrics, self._tracing)
         generation = Generation(
             base, self.engine, self.store, self.admission, config.max_prompt_bytes
         )
-        inference = InferenceService(base, self.engine, generation, self.metrics)
+        inference = InferenceService(base, self.engine, generation, observer)
         adapters = AdaptersService(self.store, self.directory)
         self._health = aio_health.HealthServicer()
         self._ports = self._make_ports(inference, adapters, access)
         self._openai: Listener | None = None
         if config.http_listen:
             callers = Callers(access, steers=False)
-            openai = OpenAI(base, generation, self.store, self.metrics, callers)
+            openai = OpenAI(base, generation, self.store, observer, callers)
             self._openai = Listener(openai, config)
         self._watching: asyncio.Task[None] | None = None
         self._http: WSGIServer | None = None
@@ -196,6 +200,8 @@ class Server:
             self._http.server_close()
         self._loader.shutdown()
         await asyncio.to_thread(self.engine.stop)
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
         log.info("stopped")
 
     async def _drain(self) -> None:

@@ -9,7 +9,7 @@ from spieldose_proto import inference_pb2_grpc as rpc
 from spieldose_server import wire
 from spieldose_server.engine import Engine
 from spieldose_server.generation import Generation
-from spieldose_server.metrics import Metrics
+from spieldose_server.observer import Observer
 from spieldose_server.statuses import Context, answering
 
 
@@ -17,19 +17,23 @@ class InferenceService(rpc.InferenceServicer):
     """Generate text with any adapter."""
 
     def __init__(
-        self, base: Base, engine: Engine, generation: Generation, metrics: Metrics
+        self, base: Base, engine: Engine, generation: Generation, observer: Observer
     ) -> None:
         self._base = base
         self._engine = engine
         self._generation = generation
-        self._metrics = metrics
+        self._observer = observer
 
     async def Generate(
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncIterator[pb.GenerateResponse]:
         """Stream chunks, then one completion."""
         async with answering(context):
-            with self._metrics.request() as observed:
+            carrier = {key: str(value) for key, value in context.invocation_metadata() or ()}
+            left = context.time_remaining()
+            with self._observer.request(
+                "grpc", request.request_id, carrier, seconds=left
+            ) as observed:
                 question = wire.question(request)
                 async with aclosing(self._generation.answers(question, observed)) as events:
                     async for event in events:

@@ -1,6 +1,5 @@
 """The routes, and what stands before them: who asks, whether the server drains, what went wrong."""
 
-import json
 import secrets
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
@@ -14,7 +13,7 @@ from spieldose_server.access import CALLER
 from spieldose_server.callers import Callers
 from spieldose_server.errors import InvalidRequest, UnknownAdapter
 from spieldose_server.generation import Generation
-from spieldose_server.metrics import Metrics
+from spieldose_server.observer import Observer
 from spieldose_server.openai_http.answers import ChatObjects, CompletionObjects
 from spieldose_server.openai_http.bodies import ChatBody, CompletionBody, read
 from spieldose_server.openai_http.errors import response
@@ -36,7 +35,7 @@ class OpenAI:
         base: Base,
         generation: Generation,
         store: AdapterStore,
-        metrics: Metrics,
+        observer: Observer,
         callers: Callers,
     ) -> None:
         self.draining = False
@@ -44,7 +43,7 @@ class OpenAI:
         self._spelling = TokenText(base.tokenizer)
         self._generation = generation
         self._store = store
-        self._metrics = metrics
+        self._observer = observer
         self._callers = callers
 
     def app(self, max_bytes: int) -> web.Application:
@@ -107,15 +106,20 @@ class OpenAI:
         request: web.Request,
     ) -> web.StreamResponse:
         request_id = request.headers.get(REQUEST_ID) or secrets.token_hex(8)
-        with self._metrics.request() as observed:
-            body: Any = read(kind, await _json(request))
+        given = await request.read()
+        carrier = {key.lower(): value for key, value in request.headers.items()}
+        with self._observer.request("http", request_id, carrier) as observed:
+            body: Any = read(kind, given)
             asked = ask(
                 body,
                 objects(self._spelling),
                 adapter_id=self._adapter_id(body.model),
                 request_id=request_id,
             )
-            found = events(asked, self._generation, self._metrics, observed)
+            more = [
+                self._observer.request("http", request_id, carrier) for _ in asked.questions[1:]
+            ]
+            found = events(asked, self._generation, [observed, *more])
             headers = {REQUEST_ID: request_id}
             async with aclosing(found):
                 if asked.stream:
@@ -153,14 +157,6 @@ async def _in_openais_terms(request: web.Request, handler: Handler) -> web.Strea
         raise
     except Exception as error:
         return response(error)
-
-
-async def _json(request: web.Request) -> Any:
-    """Return a request's body. Raises InvalidRequest."""
-    try:
-        return json.loads(await request.read())
-    except ValueError as error:
-        raise InvalidRequest("body", f"expected JSON, got: {error}") from error
 
 
 def _served(version: Version) -> bool:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
 from spieldose_server.errors import InvalidRequest
 from spieldose_server.request import Message, Prompt
@@ -202,8 +202,12 @@ class ChatBody(Body):
         return self._sampling(limit, self.top_logprobs if self.logprobs else None)
 
 
-def read(kind: type[Body], given: Any) -> Body:
-    """Return a request's body. Raises InvalidRequest, or pydantic's ValidationError."""
+def read(kind: type[Body], sent: bytes) -> Body:
+    """Return a request's body. Raises InvalidRequest."""
+    try:
+        given: Any = json.loads(sent)
+    except ValueError as error:
+        raise InvalidRequest("body", f"expected JSON, got: {error}") from error
     if not isinstance(given, dict):
         raise InvalidRequest("body", f"expected a JSON object, got {type(given).__name__}")
     said = {
@@ -211,4 +215,18 @@ def read(kind: type[Body], given: Any) -> Body:
         for key, value in given.items()
         if value is not None and not (key in NEUTRAL and value == NEUTRAL[key])
     }
-    return kind.model_validate(said)
+    try:
+        return kind.model_validate(said)
+    except ValidationError as error:
+        raise _first(error) from None
+
+
+def _first(invalid: ValidationError) -> InvalidRequest:
+    """Return what is wrong with a body in one line."""
+    found = invalid.errors(include_url=False, include_context=False)[0]
+    field = str(found["loc"][0]) if found["loc"] else "body"
+    if found["type"] == "extra_forbidden" and len(found["loc"]) == 1:
+        return InvalidRequest(field, "expected no such field: it is not served")
+    inner = ".".join(map(str, found["loc"][1:]))
+    where = f" at {inner}" if inner else ""
+    return InvalidRequest(field, f"expected another value{where}: {found['msg']}")

@@ -6,7 +6,6 @@ from typing import Any
 
 import grpc
 from aiohttp import web
-from pydantic import ValidationError
 
 from spieldose_kernels.errors import SpieldoseError
 from spieldose_server.errors import Busy, InvalidRequest, ServerError
@@ -32,8 +31,6 @@ def described(error: Exception) -> tuple[int, dict[str, Any]]:
     if isinstance(error, web.HTTPException):
         kind = "invalid_request_error" if error.status < 500 else "server_error"
         return error.status, _body(error.reason, kind)
-    if isinstance(error, ValidationError):
-        error = _first(error)
     if not isinstance(error, SpieldoseError):
         log.error("unexpected error", exc_info=error)
         return 500, _body("internal error", "server_error")
@@ -50,17 +47,6 @@ def response(error: Exception) -> web.Response:
     status, body = described(error)
     headers = {"Retry-After": str(math.ceil(error.retry))} if isinstance(error, Busy) else {}
     return web.json_response(body, status=status, headers=headers)
-
-
-def _first(invalid: ValidationError) -> InvalidRequest:
-    """Return what is wrong with a body in one line."""
-    found = invalid.errors(include_url=False, include_context=False)[0]
-    field = str(found["loc"][0]) if found["loc"] else "body"
-    if found["type"] == "extra_forbidden" and len(found["loc"]) == 1:
-        return InvalidRequest(field, "expected no such field: it is not served")
-    inner = ".".join(map(str, found["loc"][1:]))
-    where = f" at {inner}" if inner else ""
-    return InvalidRequest(field, f"expected another value{where}: {found['msg']}")
 
 
 def _body(

@@ -2,8 +2,8 @@
 
 import json
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import ExitStack, aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from aiohttp import web
 
 from spieldose_server.generation import Completed, Generation, Piece
 from spieldose_server.merged import merged
-from spieldose_server.metrics import Metrics, Observed
+from spieldose_server.observed import Observed
 from spieldose_server.openai_http.answers import (
     ChatObjects,
     Choice,
@@ -67,26 +67,23 @@ def ask(
 
 
 async def events(
-    asked: Asked, generation: Generation, metrics: Metrics, observed: Observed
+    asked: Asked, generation: Generation, observed: Sequence[Observed]
 ) -> AsyncGenerator[Event]:
     """Yield what comes of every answer to every prompt. Raises ServerError."""
 
     async def numbered(number: int, question: Question, seen: Observed) -> AsyncGenerator[Event]:
-        async with aclosing(generation.answers(question, seen)) as answers:
-            async for event in answers:
-                yield number, event
+        with seen:
+            async with aclosing(generation.answers(question, seen)) as answers:
+                async for event in answers:
+                    yield number, event
 
-    with ExitStack() as stack:
-        more = [stack.enter_context(metrics.request()) for _ in asked.questions[1:]]
-        streams = [
-            numbered(number, question, seen)
-            for number, (question, seen) in enumerate(
-                zip(asked.questions, [observed, *more], strict=True)
-            )
-        ]
-        async with aclosing(merged(streams)) as found:
-            async for event in found:
-                yield event
+    streams = [
+        numbered(number, question, seen)
+        for number, (question, seen) in enumerate(zip(asked.questions, observed, strict=True))
+    ]
+    async with aclosing(merged(streams)) as found:
+        async for event in found:
+            yield event
 
 
 async def whole(asked: Asked, found: AsyncIterator[Event]) -> web.Response:
