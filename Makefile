@@ -6,7 +6,7 @@ BIN := .venv/bin
 # Where that index cannot be reached, pip goes on with the others.
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,--extra-index-url https://download.pytorch.org/whl/cpu)
 
-.PHONY: demo test soak fuzz bench-cpu bench-traffic bench-gpu lint format proto config metrics clean
+.PHONY: demo test soak fuzz bench-cpu bench-traffic bench-overhead bench-gpu lint format proto config metrics clean
 
 demo: .venv/installed
 	$(BIN)/python demo/run.py $(if $(BASE),--base $(BASE))
@@ -26,6 +26,9 @@ bench-cpu: .venv/installed
 
 bench-traffic: .venv/installed
 	$(BIN)/python benchmarks/traffic.py
+
+bench-overhead: .venv/installed
+	$(BIN)/python benchmarks/overhead.py
 
 bench-gpu: .venv/installed
 	$(BIN)/python benchmarks/gpu.py

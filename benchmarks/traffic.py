@@ -108,7 +108,10 @@ class Answer:
 class Clients:
     """Send requests to one server, many at once."""
 
-    def __init__(self, address: str, admin: str) -> None:
+    def __init__(
+        self, address: str, admin: str, *, metadata: Sequence[tuple[str, str]] = ()
+    ) -> None:
+        self._metadata = metadata
         self._channel = grpc.aio.insecure_channel(
             address, options=[("grpc.use_local_subchannel_pool", 1)]
         )
@@ -124,7 +127,7 @@ class Clients:
             adapter_id=adapter,
             sampling_params=pb.SamplingParams(max_tokens=tokens),
         )
-        async for response in self._inference.Generate(request):
+        async for response in self._inference.Generate(request, metadata=self._metadata):
             answer.came += [time.perf_counter()] * len(response.chunk.token_ids)
         assert len(answer.came) == tokens
 

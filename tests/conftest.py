@@ -21,6 +21,7 @@ from spieldose_kernels.delta import Adapter, AdapterInfo, SparseDelta
 from spieldose_kernels.quiet import quiet_libraries
 from spieldose_server.client import Client
 from spieldose_server.config import ServerConfig
+from spieldose_server.metrics import NONE
 from spieldose_server.server import Server
 
 from .tiny_base import save_tiny_base
@@ -78,6 +79,12 @@ class Running:
     def do(self, work: Coroutine[Any, Any, Any]) -> Any:
         """Run a coroutine on the server's event loop and return its result."""
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(60)
+
+    def refused(self) -> int:
+        """Return how many calls were refused because nobody knew the caller."""
+        labels = {"adapter": NONE, "code": "UNAUTHENTICATED"}
+        registry = self.server.metrics.registry
+        return int(registry.get_sample_value("spieldose_requests_total", labels) or 0)
 
     def state(self, name: str) -> str:
         """Return the states of an adapter's versions, the reason behind a rejection included."""

@@ -10,6 +10,7 @@ import grpc.aio
 from spieldose_server.access import CALLER, Caller
 from spieldose_server.callers import Callers
 from spieldose_server.errors import ServerError
+from spieldose_server.observer import Observer
 from spieldose_server.statuses import answering
 
 # What says nothing of tenants or adapters; probes of health have no token.
@@ -17,14 +18,17 @@ OPEN = ("/grpc.health.v1.", "/grpc.reflection.")
 CHANNELZ = "/grpc.channelz."  # who is connected, and from where
 NAMES = ("x509_subject_alternative_name", "x509_common_name")  # of a client's certificate
 
+WIRE = "grpc"
+
 Continue = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
 
 
 class Authenticate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not at run time
     """Set CALLER for each call from its metadata or its client's certificate."""
 
-    def __init__(self, callers: Callers) -> None:
+    def __init__(self, callers: Callers, observer: Observer) -> None:
         self._callers = callers
+        self._observer = observer
 
     async def intercept_service(
         self, continuation: Continue, details: grpc.HandlerCallDetails
@@ -38,6 +42,7 @@ class Authenticate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not
             if caller is not None:
                 _let_in(caller, details.method)
         except ServerError as error:
+            self._observer.refused(WIRE, error)
             return _refusing(error)
         handler = await continuation(details)
         if caller is not None or handler is None:
@@ -51,7 +56,11 @@ class Authenticate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not
             found = context.auth_context()
             names = [name.decode("latin-1") for kind in NAMES for name in found.get(kind, ())]
             async with answering(context):
-                _let_in(self._callers.certified(names), method)
+                try:
+                    _let_in(self._callers.certified(names), method)
+                except ServerError as error:
+                    self._observer.refused(WIRE, error)
+                    raise
 
         async def answer(request: Any, context: Any) -> Any:
             await let_in(context)

@@ -1,11 +1,15 @@
 """Every request is followed from its arrival to its end, whatever wire it comes by."""
 
+import logging
 from collections.abc import Mapping
 
-from spieldose_server.metrics import Metrics
+from spieldose_server.errors import ServerError
+from spieldose_server.metrics import NONE, Metrics
 from spieldose_server.observed import Observed
 from spieldose_server.request_log import log_request
 from spieldose_server.tracing import Tracing
+
+log = logging.getLogger(__name__)
 
 
 class Observer:
@@ -32,6 +36,11 @@ class Observer:
             carrier=carrier,
             seconds=seconds,
         )
+
+    def refused(self, wire: str, error: ServerError) -> None:
+        """Take note of a call that was refused before anybody looked at what it asks."""
+        self._metrics.request(NONE, error.code.name)
+        log.info("a call over %s was refused: %s: %s", wire, error.code.name, error)
 
     def _ended(self, observed: Observed) -> None:
         self._metrics.request(observed.label, observed.code.name)

@@ -15,6 +15,7 @@ from spieldose_server.callers import Callers
 from spieldose_server.config import ServerConfig
 from spieldose_server.errors import ConfigError
 from spieldose_server.malformed import RefuseMalformed
+from spieldose_server.observer import Observer
 from spieldose_server.tls import Certificates
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ class Port:
         services: Services,
         health_servicer: aio_health.HealthServicer,
         access: Access | None,
+        observer: Observer,
         config: ServerConfig,
         *,
         steers: bool,
@@ -41,7 +43,10 @@ class Port:
         self._certificates = None if local else Certificates.of(config)
         self.number = 0  # known once open
         self._server = grpc.aio.server(
-            interceptors=[Authenticate(Callers(access, steers=steers)), RefuseMalformed()],
+            interceptors=[
+                Authenticate(Callers(access, steers=steers), observer),
+                RefuseMalformed(),
+            ],
             options=[
                 ("grpc.max_receive_message_length", config.max_message_bytes),
                 ("grpc.max_concurrent_streams", config.max_connection_calls),

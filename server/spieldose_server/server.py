@@ -107,7 +107,7 @@ class Server:
         inference = InferenceService(base, self.engine, generation, observer)
         adapters = AdaptersService(self.store, self.directory)
         self._health = aio_health.HealthServicer()
-        self._ports = self._make_ports(inference, adapters, access)
+        self._ports = self._make_ports(inference, adapters, access, observer)
         self._openai: Listener | None = None
         if config.http_listen:
             callers = Callers(access, steers=False)
@@ -118,7 +118,11 @@ class Server:
         self.metrics_port = 0  # known once started
 
     def _make_ports(
-        self, inference: InferenceService, adapters: AdaptersService, access: Access | None
+        self,
+        inference: InferenceService,
+        adapters: AdaptersService,
+        access: Access | None,
+        observer: Observer,
     ) -> list[Port]:
         """Return the clients' port and, if there is one, the administrators'."""
         steer: Services = {ADAPTERS: partial(rpc.add_AdaptersServicer_to_server, adapters)}
@@ -126,7 +130,7 @@ class Server:
             INFERENCE: partial(rpc.add_InferenceServicer_to_server, inference),
             **steer,
         }
-        config, rest = self.config, (self._health, access, self.config)
+        config, rest = self.config, (self._health, access, observer, self.config)
         if not config.admin_listen:
             return [Port(config.listen, offer, *rest, steers=access is not None)]
         return [

@@ -7,6 +7,7 @@ from spieldose_kernels.base import Base
 from spieldose_proto import inference_pb2 as pb
 from spieldose_proto import inference_pb2_grpc as rpc
 from spieldose_server import wire
+from spieldose_server.authenticate import WIRE
 from spieldose_server.engine import Engine
 from spieldose_server.generation import Generation
 from spieldose_server.observer import Observer
@@ -32,7 +33,7 @@ class InferenceService(rpc.InferenceServicer):
             carrier = {key: str(value) for key, value in context.invocation_metadata() or ()}
             left = context.time_remaining()
             with self._observer.request(
-                "grpc", request.request_id, carrier, seconds=left
+                WIRE, request.request_id, carrier, seconds=left
             ) as observed:
                 question = wire.question(request)
                 async with aclosing(self._generation.answers(question, observed)) as events:

@@ -80,7 +80,7 @@ def test_each_tenant_plays_its_own(client_of: Callable[..., Client]) -> None:
 
 @pytest.mark.parametrize("token", ["", "forged", EXPIRED, "red-toke", hashed("red-token")])
 def test_missing_forged_and_expired_tokens_are_refused_everywhere(
-    client_of: Callable[..., Client], token: str
+    guarded: Running, client_of: Callable[..., Client], token: str
 ) -> None:
     client = client_of(token, tenant="red")
     calls: list[Callable[[], object]] = [
@@ -101,6 +101,7 @@ def test_missing_forged_and_expired_tokens_are_refused_everywhere(
             grpc.StatusCode.UNAUTHENTICATED,
             f"UNAUTHENTICATED: {wanted}",
         )
+    assert guarded.refused() == len(calls)
 
 
 @pytest.mark.parametrize("given", ["red-token", "Basic red-token", "Bearer", "Bearer  "])

@@ -2,7 +2,6 @@
 
 import os
 import re
-import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
@@ -25,7 +24,7 @@ from spieldose_server.metrics_table import MOVES, described, page
 
 from ..conftest import Running, eventually
 from .test_adapters import Stream
-from .test_process import process
+from .test_process import free_port, process
 
 CURRENT = Path(__file__).parents[2] / "docs" / "METRICS.md"
 SHORT = pb.SamplingParams(max_tokens=6)
@@ -196,9 +195,7 @@ def test_a_process_exposes_what_is_documented_and_nothing_else(
     tiny_directory: Path, tmp_path: Path, make_adapter: Callable[..., Any]
 ) -> None:
     write_delta(tmp_path / "a1.safetensors", make_adapter(1))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     metrics = ("--metrics-listen", f"127.0.0.1:{port}")
     with process(tiny_directory, tmp_path, *metrics) as (_, address), Client(address) as client:
         client.generate("hello", adapter="a1", sampling=SHORT)

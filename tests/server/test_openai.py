@@ -21,6 +21,7 @@ from spieldose_proto import inference_pb2 as pb
 
 from ..conftest import Running, eventually
 from .test_access import table
+from .test_process import free_port, process
 from .test_tls import Files, issue
 
 SCHEMA = {
@@ -378,6 +379,7 @@ def test_tenants_see_and_play_their_own(
                 ):
                     with pytest.raises(openai.AuthenticationError, match="expected a valid token"):
                         call()
+        assert running.refused() == 4
         with openai.OpenAI(**settings(running, api_key="operator-token")) as operator:
             assert [model.id for model in operator.models.list()] == [running.base.spec.name]
 
@@ -414,6 +416,24 @@ def test_a_connection_accepted_as_the_server_closes_is_closed(served: Running, t
 
     served.do(connect_and_stop())
     gc.collect()  # a lost one warns
+
+
+def test_sigterm_lets_a_stream_end(
+    tiny_directory: Path, tmp_path: Path, make_adapter: Callable[..., Any]
+) -> None:
+    write_delta(tmp_path / "a1.safetensors", make_adapter(1))
+    http = f"127.0.0.1:{free_port()}"
+    long: dict[str, Any] = {"model": "a1", "prompt": "x", "temperature": 0, "max_tokens": 200}
+    with (
+        process(tiny_directory, tmp_path, "--http-listen", http) as (server, _),
+        openai.OpenAI(base_url=f"http://{http}/v1", api_key="none", max_retries=0) as client,
+    ):
+        expected = client.completions.create(**long).choices[0].text
+        stream = client.completions.create(stream=True, **long)
+        text = next(stream).choices[0].text
+        server.terminate()
+        assert text + "".join(part.choices[0].text for part in stream) == expected
+        assert server.wait(30) == 0
 
 
 def no_token(request: Any) -> None:

@@ -33,13 +33,17 @@ def adapters(tmp_path: Path, make_adapter) -> Path:
     return tmp_path
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 @contextmanager
 def process(
     base: Path, adapters: Path, *options: str, **settings: Any
 ) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     command = [COMMAND, "serve", "--base", base, "--adapters", adapters, "--listen", address]
     command += ["--compute-dtype", "float32", "--kv-tokens", "4096", *options]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **settings) as server:

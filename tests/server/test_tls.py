@@ -165,6 +165,7 @@ def test_a_certificate_names_its_tenant(
         assert sees(authority.issue_cert("red.example", "blue.example")) is unknown
         assert sees(red, token="blue-token") == ["blue"]
         assert sees(red, token="forged") is unknown
+        assert running.refused() == 3
         with client(running, authority, red) as asking:
             assert asking.generate("hi", adapter="red", sampling=SHORT).token_ids
             for call in (asking.adapter, lambda name: asking.generate("hi", adapter=name)):

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from spieldose_server.client import Client, ClientError
 from spieldose_server.config import TENANT
 
 from ..conftest import eventually
-from .test_process import process
+from .test_process import free_port, process
 
 SHORT = pb.SamplingParams(max_tokens=6, temperature=0.5, seed=1)
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -82,12 +81,6 @@ def collecting() -> Iterator[tuple[Collector, str]]:
         yield collector, f"http://127.0.0.1:{port}"
     finally:
         server.stop(None).wait()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def asked(client: Client, request: pb.GenerateRequest, parent: str = "") -> None:

@@ -11,7 +11,7 @@ from aiohttp import web
 from spieldose_kernels.base import Base
 from spieldose_server.access import CALLER
 from spieldose_server.callers import Callers
-from spieldose_server.errors import InvalidRequest, UnknownAdapter
+from spieldose_server.errors import InvalidRequest, ServerError, UnknownAdapter
 from spieldose_server.generation import Generation
 from spieldose_server.observer import Observer
 from spieldose_server.openai_http.answers import ChatObjects, CompletionObjects
@@ -23,6 +23,7 @@ from spieldose_server.store import AdapterStore
 from spieldose_server.versions import Version
 
 HEALTH = "/health"
+WIRE = "http"
 REQUEST_ID = "x-request-id"
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -71,8 +72,12 @@ class OpenAI:
             return await handler(request)
         if self.draining:
             raise web.HTTPServiceUnavailable(reason="the server is draining")
-        caller = self._callers.of(request.headers)
-        CALLER.set(self._callers.certified(_names(request)) if caller is None else caller)
+        try:
+            caller = self._callers.of(request.headers)
+            CALLER.set(self._callers.certified(_names(request)) if caller is None else caller)
+        except ServerError as error:
+            self._observer.refused(WIRE, error)
+            raise
         return await handler(request)
 
     async def _health(self, request: web.Request) -> web.Response:
@@ -108,7 +113,7 @@ class OpenAI:
         request_id = request.headers.get(REQUEST_ID) or secrets.token_hex(8)
         given = await request.read()
         carrier = {key.lower(): value for key, value in request.headers.items()}
-        with self._observer.request("http", request_id, carrier) as observed:
+        with self._observer.request(WIRE, request_id, carrier) as observed:
             body: Any = read(kind, given)
             asked = ask(
                 body,
@@ -116,9 +121,7 @@ class OpenAI:
                 adapter_id=self._adapter_id(body.model),
                 request_id=request_id,
             )
-            more = [
-                self._observer.request("http", request_id, carrier) for _ in asked.questions[1:]
-            ]
+            more = [self._observer.request(WIRE, request_id, carrier) for _ in asked.questions[1:]]
             found = events(asked, self._generation, [observed, *more])
             headers = {REQUEST_ID: request_id}
             async with aclosing(found):
