@@ -129,6 +129,10 @@ def test_prompts_come_as_texts_and_as_tokens(client: openai.OpenAI) -> None:
     (one,), (other,) = texts("one"), texts("other")
     assert texts(["one", "other"]) == [one, other]
     assert texts(["one", "other"], n=2) == [one, one, other, other]
+    several = client.completions.create(model="a1", prompt=["one", "other"], n=2, **GREEDY)
+    assert several.usage is not None
+    assert several.usage.prompt_tokens == len("one") + len("other")
+    assert several.usage.completion_tokens == 4 * 12
     tokens = [ord(letter) - ord("!") for letter in "one"]  # of the tiny byte tokenizer
     assert texts(tokens) == [one]
     assert texts([tokens, tokens]) == [one, one]

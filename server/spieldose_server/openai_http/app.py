@@ -1,4 +1,4 @@
-"""The routes, and what stands before them: who asks, whether the server drains, what went wrong."""
+"""The routes, and what stands before them: who asks, and what went wrong."""
 
 import secrets
 from collections.abc import Awaitable, Callable
@@ -39,7 +39,6 @@ class OpenAI:
         observer: Observer,
         callers: Callers,
     ) -> None:
-        self.draining = False
         self._base = base.spec.name
         self._spelling = TokenText(base.tokenizer)
         self._generation = generation
@@ -67,11 +66,9 @@ class OpenAI:
 
     @web.middleware
     async def _let_in(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Refuse all but health while the server drains, and to those nobody knows."""
+        """Answer those nobody knows about nothing but health."""
         if request.path == HEALTH:
             return await handler(request)
-        if self.draining:
-            raise web.HTTPServiceUnavailable(reason="the server is draining")
         try:
             caller = self._callers.of(request.headers)
             CALLER.set(self._callers.certified(_names(request)) if caller is None else caller)
@@ -81,7 +78,7 @@ class OpenAI:
         return await handler(request)
 
     async def _health(self, request: web.Request) -> web.Response:
-        return web.Response(status=503 if self.draining else 200)
+        return web.Response()
 
     async def _models(self, request: web.Request) -> web.Response:
         """List the base and the adapters that the caller may play."""

@@ -20,7 +20,6 @@ class Listener:
         """Prepare to serve. Raises ConfigError."""
         self.port = 0  # known once started
         self._server: asyncio.Server | None = None
-        self._openai = openai
         self._address = config.http_listen
         self._certificates = Certificates.of(config)
         self._runner = web.AppRunner(
@@ -50,7 +49,6 @@ class Listener:
 
     async def stop(self) -> None:
         """Refuse new requests, and give running ones `drain_seconds` to end."""
-        self._openai.draining = True
         if self._server is not None:
             await self._accept_no_more(self._server)
         await self._runner.cleanup()
