@@ -1,5 +1,6 @@
 """The client of programs that wait for an answer in the thread that asked."""
 
+import threading
 from collections.abc import Generator
 from contextlib import closing
 from types import TracebackType
@@ -9,8 +10,9 @@ import grpc
 
 from spieldose_proto import inference_pb2 as pb
 from spieldose_proto import inference_pb2_grpc as rpc
-from spieldose_server.client.channel import call_metadata, channel_options
-from spieldose_server.client.errors import translating
+from spieldose_server.client.attempts import RETRIES, Attempts
+from spieldose_server.client.channel import CALL_SECONDS, call_metadata, channel_options
+from spieldose_server.client.errors import Cancelled, ClientError, translating
 from spieldose_server.client.reply import Reply, replies
 from spieldose_server.client.requests import Prompt, generate_request, tokenize_request
 from spieldose_server.config import DEFAULT_ADDRESS
@@ -33,12 +35,20 @@ class Client:
         tenant: str = "",
         token: str = "",
         credentials: grpc.ChannelCredentials | None = None,
+        timeout: float | None = CALL_SECONDS,
+        retries: int = RETRIES,
     ) -> None:
         """Connect, by TLS if there are credentials (`grpc.ssl_channel_credentials`).
 
-        A token proves who asks; `tenant` just says so to a server without tokens.
+        A token proves who asks; `tenant` just says so to a server without tokens. `timeout` is in
+        seconds, for calls that set none of their own; those that make text or watch have none
+        otherwise. A server that is away or full is asked again, `retries` times at most, as long as
+        nothing of the answer is there and the timeout allows for it.
         """
         self._metadata = call_metadata(tenant, token)
+        self._timeout = timeout
+        self._retries = retries
+        self._closed = threading.Event()
         options = channel_options()
         self._channel = (
             grpc.insecure_channel(address, options)
@@ -61,6 +71,7 @@ class Client:
 
     def close(self) -> None:
         """Close the connection; calls that run end as Cancelled."""
+        self._closed.set()
         self._channel.close()
 
     def wait(self, seconds: float) -> None:
@@ -106,51 +117,58 @@ class Client:
         """Return all `sampling.n` answers."""
         return replies(self._responses(prompt, adapter, sampling, timeout))
 
-    def tokenize(self, prompt: Prompt, *, adapter: str = "") -> list[int]:
+    def tokenize(
+        self, prompt: Prompt, *, adapter: str = "", timeout: float | None = None
+    ) -> list[int]:
         """Return the tokens that an answer would be to."""
         request = tokenize_request(prompt, adapter)
-        found = self._call(self.inference.Tokenize, request, pb.TokenizeResponse)
+        found = self._call(self.inference.Tokenize, request, pb.TokenizeResponse, timeout)
         return list(found.token_ids)
 
-    def model(self) -> pb.ModelInfo:
+    def model(self, *, timeout: float | None = None) -> pb.ModelInfo:
         """Return what the server runs."""
-        return self._call(self.inference.GetModelInfo, pb.GetModelInfoRequest(), pb.ModelInfo)
+        request = pb.GetModelInfoRequest()
+        return self._call(self.inference.GetModelInfo, request, pb.ModelInfo, timeout)
 
-    def adapters(self) -> list[pb.Adapter]:
-        """Return every adapter version the server knows."""
+    def adapters(self, *, timeout: float | None = None) -> list[pb.Adapter]:
+        """Return every adapter version the server knows; `timeout` is for each page of 1000."""
         found: list[pb.Adapter] = []
         request = pb.ListAdaptersRequest()
         while True:
-            page = self._call(self._adapters.List, request, pb.ListAdaptersResponse)
+            page = self._call(self._adapters.List, request, pb.ListAdaptersResponse, timeout)
             found.extend(page.adapters)
             if not page.next_page_token:
                 return found
             request.page_token = page.next_page_token
 
-    def adapter(self, name: str) -> pb.Adapter:
+    def adapter(self, name: str, *, timeout: float | None = None) -> pb.Adapter:
         """Return one adapter."""
-        return self._call(self._adapters.Get, pb.GetAdapterRequest(adapter_id=name), pb.Adapter)
+        request = pb.GetAdapterRequest(adapter_id=name)
+        return self._call(self._adapters.Get, request, pb.Adapter, timeout)
 
-    def load(self, name: str) -> pb.Adapter:
+    def load(self, name: str, *, timeout: float | None = None) -> pb.Adapter:
         """Have the server take up NAME.safetensors now."""
-        return self._call(self._adapters.Load, pb.LoadAdapterRequest(adapter_id=name), pb.Adapter)
+        request = pb.LoadAdapterRequest(adapter_id=name)
+        return self._call(self._adapters.Load, request, pb.Adapter, timeout)
 
-    def unload(self, name: str) -> None:
+    def unload(self, name: str, *, timeout: float | None = None) -> None:
         """Have the server stop serving an adapter."""
         request = pb.UnloadAdapterRequest(adapter_id=name)
-        self._call(self._adapters.Unload, request, pb.UnloadAdapterResponse)
+        self._call(self._adapters.Unload, request, pb.UnloadAdapterResponse, timeout)
 
-    def pin(self, name: str) -> pb.Adapter:
+    def pin(self, name: str, *, timeout: float | None = None) -> pb.Adapter:
         """Have the server bring an adapter to the device and keep it there."""
-        return self._call(self._adapters.Pin, pb.PinAdapterRequest(adapter_id=name), pb.Adapter)
+        request = pb.PinAdapterRequest(adapter_id=name)
+        return self._call(self._adapters.Pin, request, pb.Adapter, timeout)
 
-    def unpin(self, name: str) -> pb.Adapter:
+    def unpin(self, name: str, *, timeout: float | None = None) -> pb.Adapter:
         """Let the server evict an adapter again."""
-        return self._call(self._adapters.Unpin, pb.UnpinAdapterRequest(adapter_id=name), pb.Adapter)
+        request = pb.UnpinAdapterRequest(adapter_id=name)
+        return self._call(self._adapters.Unpin, request, pb.Adapter, timeout)
 
-    def watch(self) -> Generator[pb.AdapterEvent, None, None]:
+    def watch(self, *, timeout: float | None = None) -> Generator[pb.AdapterEvent, None, None]:
         """Yield every version's state, then changes, until it is closed."""
-        return self._stream(self._adapters.Watch, pb.WatchAdaptersRequest())
+        return self._stream(self._adapters.Watch, pb.WatchAdaptersRequest(), timeout)
 
     def _responses(
         self,
@@ -162,19 +180,40 @@ class Client:
         request = generate_request(prompt, adapter, sampling)
         return self._stream(self.inference.Generate, request, timeout)
 
-    def _call(self, method: Any, request: object, answer: type[Answer]) -> Answer:
-        with translating():
-            response = method(request, metadata=self._metadata)
-        assert isinstance(response, answer)
-        return response
+    def _call(
+        self, method: Any, request: object, answer: type[Answer], timeout: float | None = None
+    ) -> Answer:
+        attempts = Attempts(self._retries, self._timeout if timeout is None else timeout)
+        while True:
+            try:
+                with translating():
+                    response = method(request, timeout=attempts.timeout, metadata=self._metadata)
+            except ClientError as error:
+                self._sleep(attempts.wait(error))
+            else:
+                assert isinstance(response, answer)
+                return response
 
     def _stream(
-        self, method: Any, request: object, timeout: float | None = None
+        self, method: Any, request: object, timeout: float | None
     ) -> Generator[Any, None, None]:
         """Yield a call's responses; it begins with the first that is asked for."""
-        call = method(request, timeout=timeout, metadata=self._metadata)
-        try:
-            with translating():
-                yield from call
-        finally:
-            call.cancel()
+        attempts, begun = Attempts(self._retries, timeout), False
+        while True:
+            call = method(request, timeout=attempts.timeout, metadata=self._metadata)
+            try:
+                with translating():
+                    for response in call:
+                        begun = True
+                        yield response
+                return
+            except ClientError as error:
+                if begun:
+                    raise
+                self._sleep(attempts.wait(error))
+            finally:
+                call.cancel()
+
+    def _sleep(self, seconds: float) -> None:
+        if self._closed.wait(seconds):
+            raise Cancelled("CANCELLED: the client was closed")
