@@ -1,5 +1,6 @@
 """Clients for Python programs; the command line uses them too."""
 
+from spieldose_server.client.aio import AsyncClient
 from spieldose_server.client.errors import (
     Busy,
     Cancelled,
@@ -17,6 +18,7 @@ from spieldose_server.client.reply import Reply
 from spieldose_server.client.sync import Client
 
 __all__ = [
+    "AsyncClient",
     "Busy",
     "Cancelled",
     "Client",
