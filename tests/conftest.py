@@ -125,9 +125,9 @@ def serve_tiny(tiny_directory: Path) -> Callable[..., Any]:
         try:
             server = asyncio.run_coroutine_threadsafe(begin(), loop).result(60)
             try:
-                with (
-                    Client(f"127.0.0.1:{server.port}") as client,
-                    Client(f"127.0.0.1:{server.admin_port}") as admin,
+                with (  # no retries: tests see what the server does with a call
+                    Client(f"127.0.0.1:{server.port}", retries=0) as client,
+                    Client(f"127.0.0.1:{server.admin_port}", retries=0) as admin,
                 ):
                     yield Running(server, client, admin, directory, base, loop)
             finally:

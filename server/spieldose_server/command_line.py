@@ -5,26 +5,24 @@ the trainer. Heavy imports wait until a command's arguments are known to be righ
 """
 
 import asyncio
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
 from importlib.metadata import entry_points
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
 from spieldose_kernels.errors import SpieldoseError
+from spieldose_proto import inference_pb2 as pb
+from spieldose_server.ask_arguments import AskArguments
 from spieldose_server.config import DEFAULT_ADDRESS, DIGEST_SHOWN
 from spieldose_server.config_file import ServeArguments, checked, with_file
-from spieldose_server.errors import ConfigError
-
-if TYPE_CHECKING:
-    from spieldose_server.client import Client
+from spieldose_server.connect import connect
+from spieldose_server.terminal import say
 
 Command = Callable[[Sequence[str]], None]
 
@@ -66,38 +64,22 @@ def serve(arguments: Sequence[str]) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GenerateArguments:
+class GenerateArguments(AskArguments):
     """Generate text with an adapter and stream it to the terminal."""
 
     prompt: str  # taken as it is, as `prompt` in training data is
-    adapter: str = ""  # name of the adapter; empty plays the base
     chat: bool = False  # put the prompt through the model's chat template, as a user's message
-    server: str = DEFAULT_ADDRESS
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    json_schema: str | None = None  # the schema itself, that the answer fulfils
-    regex: str | None = None  # that the answer matches as a whole
-    timeout: float | None = None  # seconds
 
 
 def generate(arguments: Sequence[str]) -> None:
     """Generate text with an adapter and stream it to the terminal."""
     asked = tyro.cli(GenerateArguments, prog="spieldose generate", args=arguments)
-    from spieldose_proto import inference_pb2 as pb
-
-    names = "max_tokens temperature top_p top_k seed stop json_schema regex".split()
-    given = {name: getattr(asked, name) for name in names if getattr(asked, name) is not None}
     prompt = [pb.ChatMessage(role="user", content=asked.prompt)] if asked.chat else asked.prompt
-    with _client(asked.server) as client:
-        sampling = pb.SamplingParams(**given)
+    with connect(asked.server) as client:
         for text in client.stream(
-            prompt, adapter=asked.adapter, sampling=sampling, timeout=asked.timeout
+            prompt, adapter=asked.adapter, sampling=asked.sampling(), timeout=asked.timeout
         ):
-            print(text, end="", flush=True)
+            say(text)
         print()
 
 
@@ -135,7 +117,7 @@ def top(arguments: Sequence[str]) -> None:
     from spieldose_server.top import TopArguments, show
 
     asked = tyro.cli(TopArguments, prog="spieldose top", args=arguments)
-    with _client(asked.server) as client:
+    with connect(asked.server) as client:
 
         def state(name: str) -> str:
             adapter = client.adapter(name)
@@ -144,28 +126,13 @@ def top(arguments: Sequence[str]) -> None:
         show(asked, state)
 
 
-def _client(server: str) -> "Client":
-    """Connect as the environment says: a flag with a token could be read by all on the machine."""
-    import grpc
-
-    from spieldose_server.client import Client
-
-    files = [os.environ.get(f"SPIELDOSE_{name}") for name in ("CA", "KEY", "CERTIFICATE")]
-    try:
-        pem = [Path(file).read_bytes() if file else None for file in files]
-    except OSError as error:
-        raise ConfigError(f"expected a readable PEM file, got: {error}") from error
-    credentials = grpc.ssl_channel_credentials(*pem) if any(pem) else None
-    return Client(server, token=os.environ.get("SPIELDOSE_TOKEN", ""), credentials=credentials)
-
-
 def _list(*, server: str = DEFAULT_ADDRESS) -> None:
     """List every adapter version the server knows."""
     table = Table(box=None)
     for heading in ("name", "version", "state", "density", "MB", "running"):
         table.add_column(heading, no_wrap=True)
     table.add_column("what", overflow="fold")
-    with _client(server) as client:
+    with connect(server) as client:
         for adapter in client.adapters():
             table.add_row(
                 adapter.name,
@@ -181,13 +148,13 @@ def _list(*, server: str = DEFAULT_ADDRESS) -> None:
 
 def _get(name: tyro.conf.Positional[str], *, server: str = DEFAULT_ADDRESS) -> None:
     """Show one adapter."""
-    with _client(server) as client:
+    with connect(server) as client:
         print(client.adapter(name), end="")
 
 
 def _watch(*, server: str = DEFAULT_ADDRESS) -> None:
     """Print every version's state, then what changes, until interrupted."""
-    with _client(server) as client:
+    with connect(server) as client:
         for event in client.watch():
             adapter = event.adapter
             state = "gone" if event.gone else _state(adapter.state)
@@ -196,30 +163,28 @@ def _watch(*, server: str = DEFAULT_ADDRESS) -> None:
 
 def _load(name: tyro.conf.Positional[str], *, server: str = DEFAULT_ADDRESS) -> None:
     """Take up NAME.safetensors from the server's directory now."""
-    with _client(server) as client:
+    with connect(server) as client:
         print(client.load(name), end="")
 
 
 def _unload(name: tyro.conf.Positional[str], *, server: str = DEFAULT_ADDRESS) -> None:
     """Stop serving an adapter; its running requests finish."""
-    with _client(server) as client:
+    with connect(server) as client:
         client.unload(name)
 
 
 def _pin(name: tyro.conf.Positional[str], *, server: str = DEFAULT_ADDRESS) -> None:
     """Bring an adapter to the device and keep it there."""
-    with _client(server) as client:
+    with connect(server) as client:
         print(client.pin(name), end="")
 
 
 def _unpin(name: tyro.conf.Positional[str], *, server: str = DEFAULT_ADDRESS) -> None:
     """Let an adapter be evicted again."""
-    with _client(server) as client:
+    with connect(server) as client:
         print(client.unpin(name), end="")
 
 
 def _state(state: int) -> str:
-    from spieldose_proto import inference_pb2 as pb
-
     name = pb.AdapterState.Name(state)
     return name.removeprefix("ADAPTER_STATE_").lower().replace("_", " ")

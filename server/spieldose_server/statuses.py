@@ -33,19 +33,21 @@ async def answering(context: Context) -> AsyncIterator[None]:
         await context.abort(grpc.StatusCode.INTERNAL, "internal error")
 
 
-def _details(error: SpieldoseError, code: grpc.StatusCode) -> tuple[tuple[str, bytes], ...]:
-    """Return google.rpc details as trailing metadata, as clients of rich errors expect them."""
+def _details(error: SpieldoseError, code: grpc.StatusCode) -> tuple[tuple[str, str | bytes], ...]:
+    """Return trailing metadata: google.rpc details for programs, and gRPC's own for its retries."""
     detail = any_pb2.Any()
+    pushback: tuple[tuple[str, str], ...] = ()
     if isinstance(error, InvalidRequest):
         violation = error_details_pb2.BadRequest.FieldViolation(
             field=error.field, description=error.problem
         )
         detail.Pack(error_details_pb2.BadRequest(field_violations=[violation]))
     elif isinstance(error, Busy):
-        retry = error_details_pb2.RetryInfo()
-        retry.retry_delay.FromMilliseconds(round(1000 * error.retry))
+        retry, milliseconds = error_details_pb2.RetryInfo(), round(1000 * error.retry)
+        retry.retry_delay.FromMilliseconds(milliseconds)
         detail.Pack(retry)
+        pushback = (("grpc-retry-pushback-ms", str(milliseconds)),)
     else:
         return ()
     status = status_pb2.Status(code=code.value[0], message=str(error), details=[detail])
-    return (("grpc-status-details-bin", status.SerializeToString()),)
+    return (("grpc-status-details-bin", status.SerializeToString()), *pushback)

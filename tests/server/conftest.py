@@ -19,6 +19,7 @@ from spieldose_server.threads import loader
 from spieldose_server.trusted_keys import TrustedKeys
 
 from ..conftest import Running
+from .fake_server import FakeServer, fake_server
 from .shelf import ONE, SHAPE, SPEC, Shelf, Test
 
 
@@ -32,6 +33,13 @@ def running(
     for seed in range(1, 5):
         write_delta(directory / f"a{seed}.safetensors", make_adapter(seed))
     yield from serve_tiny(directory, max_batch_tokens=64)
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeServer]:
+    """A server that does as it is told."""
+    with fake_server() as fake:
+        yield fake
 
 
 @pytest.fixture

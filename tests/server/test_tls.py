@@ -74,7 +74,7 @@ def client(
         pair = (own.private_key_pem.bytes(), own.cert_chain_pems[0].bytes()) if own else ()
         credentials = grpc.ssl_channel_credentials(root, *pair)
     address = f"127.0.0.1:{port or running.server.port}"
-    return Client(address, credentials=credentials, **more)
+    return Client(address, credentials=credentials, retries=0, **more)
 
 
 def lets_in(

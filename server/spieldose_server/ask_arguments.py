@@ -1,0 +1,29 @@
+"""What `spieldose generate` and `spieldose chat` are told alike."""
+
+from dataclasses import dataclass
+
+from spieldose_proto import inference_pb2 as pb
+from spieldose_server.config import DEFAULT_ADDRESS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AskArguments:
+    """Say who answers, and how."""
+
+    adapter: str = ""  # name of the adapter; empty plays the base
+    server: str = DEFAULT_ADDRESS
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    json_schema: str | None = None  # the schema itself, that the answer fulfils
+    regex: str | None = None  # that the answer matches as a whole
+    timeout: float | None = None  # seconds of an answer
+
+    def sampling(self) -> pb.SamplingParams:
+        """Return what was given; the server knows the defaults."""
+        names = "max_tokens temperature top_p top_k seed stop json_schema regex".split()
+        given = {name: getattr(self, name) for name in names}
+        return pb.SamplingParams(**{name: v for name, v in given.items() if v is not None})

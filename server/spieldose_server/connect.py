@@ -1,0 +1,23 @@
+"""How commands reach a server: with what the environment says of who asks."""
+
+import os
+from pathlib import Path
+
+import grpc
+
+from spieldose_server.client import Client
+from spieldose_server.errors import ConfigError
+
+
+def connect(server: str) -> Client:
+    """Connect as the environment says: a flag with a token could be read by all on the machine.
+
+    Raises ConfigError for a PEM file that cannot be read.
+    """
+    files = [os.environ.get(f"SPIELDOSE_{name}") for name in ("CA", "KEY", "CERTIFICATE")]
+    try:
+        pem = [Path(file).read_bytes() if file else None for file in files]
+    except OSError as error:
+        raise ConfigError(f"expected a readable PEM file, got: {error}") from error
+    credentials = grpc.ssl_channel_credentials(*pem) if any(pem) else None
+    return Client(server, token=os.environ.get("SPIELDOSE_TOKEN", ""), credentials=credentials)
