@@ -89,6 +89,7 @@ class Arguments:
     density: float = 0.01  # of adapters
     largest: float = 0.03  # density of those that are loaded cold
     registered: int = 1000
+    adapter_memory: int = 0  # bytes on the device in `thousand`; 0: the server's default
     out: Path = Path("build/traffic.jsonl")  # gets every run's figures, a line a part
 
 
@@ -340,8 +341,10 @@ class Bench:
         arguments = self._arguments
         load = {"clients": 16, "prompt": 32, "tokens": 32}
         kinds = {"1": 1, "16": 16, "all": arguments.registered}
+        density, memory = arguments.density, arguments.adapter_memory
+        room = {"adapter_memory": memory} if memory else {}
         servers = {
-            kind: self._serve(stack, self._discs.write(f"of{kind}-", number, arguments.density))
+            kind: self._serve(stack, self._discs.write(f"of{kind}-", number, density), **room)
             for kind, number in kinds.items()
         }
         clients = {kind: Clients(*serving("addresses")) for kind, serving in servers.items()}
