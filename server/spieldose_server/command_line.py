@@ -117,7 +117,7 @@ def top(arguments: Sequence[str]) -> None:
     from spieldose_server.top import TopArguments, show
 
     asked = tyro.cli(TopArguments, prog="spieldose top", args=arguments)
-    with connect(asked.server) as client:
+    with connect(asked.server, retries=0) as client:  # the next frame asks again
 
         def state(name: str) -> str:
             adapter = client.adapter(name)

@@ -6,10 +6,11 @@ from pathlib import Path
 import grpc
 
 from spieldose_server.client import Client
+from spieldose_server.client.attempts import RETRIES
 from spieldose_server.errors import ConfigError
 
 
-def connect(server: str) -> Client:
+def connect(server: str, *, retries: int = RETRIES) -> Client:
     """Connect as the environment says: a flag with a token could be read by all on the machine.
 
     Raises ConfigError for a PEM file that cannot be read.
@@ -20,4 +21,5 @@ def connect(server: str) -> Client:
     except OSError as error:
         raise ConfigError(f"expected a readable PEM file, got: {error}") from error
     credentials = grpc.ssl_channel_credentials(*pem) if any(pem) else None
-    return Client(server, token=os.environ.get("SPIELDOSE_TOKEN", ""), credentials=credentials)
+    token = os.environ.get("SPIELDOSE_TOKEN", "")
+    return Client(server, token=token, credentials=credentials, retries=retries)
