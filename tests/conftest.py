@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import sys
 import threading
 import time
@@ -12,6 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # processes begun here inherit it
 
 if not torch.cuda.is_available():  # before anything imports triton: it is read where kernels are
     os.environ.setdefault("TRITON_INTERPRET", "1")
