@@ -17,9 +17,9 @@ import torch
 
 T = TypeVar("T")
 
-# of the loader: where it shares a core with a team, it gets a sixteenth, and a step waits no longer.
-# While 3 % of the demo's base loaded, the p99 between tokens was 1.13 times that of other times, and
-# the load took 1.4 s; with 10, a tenth, 1.21 and 0.9 s.
+# of the loader: where it shares a core with a team, it gets a sixteenth, and a step waits no
+# longer. While 3 % of the demo's base loaded, the p99 between tokens was 1.13 times that of other
+# times, and the load took 1.4 s; with 10, a tenth, 1.21 and 0.9 s.
 NICE = 12
 
 # After every product a step needs the interpreter again, and the loader may have it for so long, of
