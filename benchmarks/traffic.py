@@ -133,19 +133,27 @@ class Clients:
         assert len(answer.came) == tokens
 
     async def traffic(
-        self, pick: Callable[[int], str], *, clients: int, seconds: float, prompt: int, tokens: int
+        self,
+        pick: Callable[[int], str],
+        *,
+        clients: int,
+        seconds: float,
+        prompt: int,
+        tokens: Sequence[int],
     ) -> list[Answer]:
         """Let every client send its next request as soon as the last is answered.
 
-        Nobody sends any more after so many seconds; what was sent is waited for and counts.
+        Answers have so many tokens by turns. Nobody sends any more after so many seconds; what was
+        sent is waited for and counts.
         """
         answers: list[Answer] = []
         end = time.perf_counter() + seconds
 
         async def client(number: int) -> None:
             while time.perf_counter() < end:
+                length = tokens[len(answers) % len(tokens)]
                 answers.append(Answer())
-                await self.ask(pick(number), answers[-1], prompt=prompt, tokens=tokens)
+                await self.ask(pick(number), answers[-1], prompt=prompt, tokens=length)
 
         await asyncio.gather(*map(client, range(clients)))
         return answers
@@ -261,7 +269,7 @@ class Bench:
     async def _thrash(self, stack: ExitStack, figures: Figures) -> Any:
         """Compare 16 clients over 16 adapters with 16, and with 8, over 8, where 8 have room."""
         arguments = self._arguments
-        load = {"prompt": 64, "tokens": 16}
+        load: dict[str, Any] = {"prompt": 64, "tokens": [16]}
         kinds = {"8 alone": (8, 8), "8": (16, 8), "16": (16, 16)}  # clients, adapters
         directory = self._discs.write("thrash", 16, arguments.density)
         serving = self._serve(stack, directory, max_adapters=8)
@@ -339,7 +347,9 @@ class Bench:
     async def _thousand(self, stack: ExitStack, figures: Figures) -> Any:
         """Compare servers with 1, 16 and all adapters under the same number of requests."""
         arguments = self._arguments
-        load = {"clients": 16, "prompt": 32, "tokens": 32}
+        # of one length, clients would march in step, and any load that breaks the step would count
+        tokens = [16 + 10 * i % 33 for i in range(33)]  # 16 to 48, neighbours far apart
+        load: dict[str, Any] = {"clients": 16, "prompt": 32, "tokens": tokens}
         kinds = {"1": 1, "16": 16, "all": arguments.registered}
         density, memory = arguments.density, arguments.adapter_memory
         room = {"adapter_memory": memory} if memory else {}
@@ -359,15 +369,16 @@ class Bench:
             evicted, worked = serving("evictions"), serving("processor_seconds")
             answers = await clients[kind].traffic(zipf(kind), seconds=arguments.seconds, **load)
             start, end = begin + 0.1 * arguments.seconds, begin + arguments.seconds
-            tokens = sum(start < came <= end for answer in answers for came in answer.came)
+            came = [moment for answer in answers for moment in answer.came]
             waits = [answer.wait for answer in answers]
-            figures[f"rate {kind}"].append(tokens / (end - start))
+            within = sum(start < moment <= end for moment in came)
+            figures[f"rate {kind}"].append(within / (end - start))
             figures[f"median {kind}"].append(statistics.median(waits))
             figures[f"p95 {kind}"].append(quantile(waits, 0.95))
             figures[f"answers {kind}"].append(len(answers))
             figures[f"evictions {kind}"].append(serving("evictions") - evicted)
             worked = serving("processor_seconds") - worked
-            figures[f"economy {kind}"].append(len(answers) * load["tokens"] / worked)
+            figures[f"economy {kind}"].append(len(came) / worked)
 
         for kind, number in kinds.items():  # none is read for the first time in what counts
             for rank in reversed(range(number)):
