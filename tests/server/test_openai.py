@@ -138,6 +138,26 @@ def test_prompts_come_as_texts_and_as_tokens(client: openai.OpenAI) -> None:
     assert texts([tokens, tokens]) == [one, one]
 
 
+def test_parts_of_several_answers_name_theirs_and_are_never_empty(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "a1", "prompt": ["one", "other"], "n": 2, "max_tokens": 40}
+    whole = client.completions.create(temperature=0, **asked)
+    texts = dict.fromkeys(range(4), "")
+    for part in client.completions.create(temperature=0, stream=True, **asked):
+        (choice,) = part.choices
+        assert choice.text or choice.finish_reason
+        texts[choice.index] += choice.text
+    assert list(texts.values()) == [choice.text for choice in whole.choices]
+
+
+def test_defaults_are_openais(client: openai.OpenAI) -> None:
+    endless: dict[str, Any] = {"temperature": 0, "extra_body": {"min_tokens": 16}}
+    usage = client.completions.create(model="a1", prompt="x", **endless).usage
+    assert usage is not None and usage.completion_tokens == 16
+    parts = client.chat.completions.create(model="a1", messages=HI, stream=True, **GREEDY)
+    roles = [part.choices[0].delta.role for part in parts]
+    assert roles == ["assistant", *[None] * (len(roles) - 1)] and len(roles) > 2
+
+
 def test_several_answers_with_a_seed_differ_and_come_again(client: openai.OpenAI) -> None:
     def answers(seed: int) -> list[str | None]:
         made = client.chat.completions.create(
