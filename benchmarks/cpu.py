@@ -7,7 +7,6 @@ one at a time: two OpenMP teams in one process would slow each other down.
 import asyncio
 import json
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
 
+from demo_base import demo_base
 from sides import Side
 from spieldose_kernels.base import load_base, pick_compute_dtype
 from spieldose_kernels.delta import Adapter, AdapterInfo, SparseDelta
@@ -48,10 +48,7 @@ GOALS = {
 
 def main() -> None:
     """Measure and print."""
-    sys.path.append(str(Path(__file__).parents[1] / "demo"))
-    from fetch_base import fetch
-
-    base = str(fetch())
+    base = demo_base()
     ratios, rates = measure(base)
     table = Table("what", "median", "lowest", "highest", "goal")
     for key, (what, goal) in GOALS.items():

@@ -32,6 +32,7 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as otl
 from rich.console import Console
 from rich.table import Table
 
+from demo_base import demo_base
 from neighbours import Neighbours
 from sides import Serving, Side, Timed
 from spieldose_kernels.quiet import quiet_libraries
@@ -261,10 +262,7 @@ def main() -> None:
     """Measure, keep the figures, print a table."""
     arguments = tyro.cli(Arguments)
     quiet_libraries()
-    sys.path.append(str(Path(__file__).parents[1] / "demo"))
-    from fetch_base import fetch
-
-    base = arguments.base or str(fetch())
+    base = arguments.base or demo_base()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as root:
         result = asyncio.run(measure(arguments, base, Path(root)))

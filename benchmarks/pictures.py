@@ -35,6 +35,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator
 from PIL import Image
 
+from demo_base import demo_base
 from neighbours import Neighbours
 from spieldose_kernels.checkpoint import checkpoint_spec
 from spieldose_proto import inference_pb2 as pb
@@ -79,13 +80,10 @@ def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
     if shutil.which("prometheus") is None:
         sys.exit("expected `prometheus` on the PATH, got none: apt-get install prometheus")
-    sys.path.append(str(ROOT / "demo"))
-    from fetch_base import fetch
-
-    base = arguments.base or fetch()
+    base = arguments.base or demo_base()
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         root = Path(scratch)
-        discs = Discs(checkpoint_spec(str(base)), root)
+        discs = Discs(checkpoint_spec(base), root)
         (root / "adapters").mkdir()
         for name in NAMES:
             discs.add(root / "adapters", name, arguments.density)

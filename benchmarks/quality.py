@@ -31,6 +31,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from demo_base import demo_base
 from spieldose_kernels.base import load_base, pick_compute_dtype
 from spieldose_kernels.quiet import quiet_libraries
 from spieldose_trainer.config import TrainConfig
@@ -126,10 +127,7 @@ def main() -> None:
     """Run what is missing, then print the table."""
     arguments = tyro.cli(Arguments)
     quiet_libraries()
-    sys.path.append(str(Path(__file__).parents[1] / "demo"))
-    from fetch_base import fetch
-
-    base = str(fetch())
+    base = demo_base()
     if arguments.table:
         print(markdown(read_results()))
     elif arguments.data is None:

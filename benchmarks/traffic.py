@@ -11,7 +11,6 @@ import json
 import math
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -31,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cpu import random_adapter, random_prompt
+from demo_base import demo_base
 from neighbours import Neighbours
 from sides import Bare, Serving, Side
 from spieldose_kernels.base_spec import BaseSpec
@@ -431,10 +431,7 @@ def main() -> None:
     """Measure the parts asked for, keep their figures, print a table."""
     arguments = tyro.cli(Arguments)
     quiet_libraries()
-    sys.path.append(str(Path(__file__).parents[1] / "demo"))
-    from fetch_base import fetch
-
-    base = arguments.base or str(fetch())
+    base = arguments.base or demo_base()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     results = []
     for part in arguments.parts:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 from spieldose_server.errors import ConfigError
 
@@ -10,6 +11,7 @@ DEFAULT_ADDRESS = "127.0.0.1:50051"
 TENANT = "spieldose-tenant"  # key of the calls' metadata that names who asks
 DIGEST_SHOWN = 12  # hex digits that tell versions apart for people, and enough to ask for one
 MESSAGE_BYTES = 64 << 20  # above any prompt limit, so that too long a prompt gets its own error
+LogFormat = Literal["text", "json"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +29,7 @@ class ServerConfig:
     tls_client_ca: str = ""  # PEM file; clients must have certificates of these authorities
     otlp_endpoint: str = ""  # URL of an OpenTelemetry collector, http or https; empty: no traces
     trace_ratio: float = 1.0  # share of the requests traced whose caller does not say
-    log_format: Literal["text", "json"] = "text"  # of the log, on stderr
+    log_format: LogFormat = "text"  # of the log, on stderr
     trusted_keys: str = ""  # PEM file; one of its keys has to have signed an adapter; empty: none
     access: str = ""  # TOML file of tenants, their tokens and adapters; empty: all may do all
 
@@ -75,7 +77,8 @@ class ServerConfig:
             _check_address("http_listen", self.http_listen, sockets=False)
         if self.metrics_listen:
             _check_address("metrics_listen", self.metrics_listen, sockets=False)
-        if self.otlp_endpoint and not self.otlp_endpoint.startswith(("http://", "https://")):
+        url = urlsplit(self.otlp_endpoint)
+        if self.otlp_endpoint and not (url.scheme in ("http", "https") and url.hostname):
             raise ConfigError(
                 f"otlp_endpoint: expected http://HOST:PORT or https://…, got {self.otlp_endpoint!r}"
             )

@@ -2,11 +2,10 @@
 
 import logging
 import sys
-from typing import Literal
 
 from pythonjsonlogger.json import JsonFormatter
 
-LogFormat = Literal["text", "json"]
+from spieldose_server.config import LogFormat
 
 
 class TextFormatter(logging.Formatter):

@@ -29,7 +29,7 @@ class Answer:
     first: int = 0  # token
     last: int = 0
     tokens: int = 0
-    stopped: bool = False  # where it should; else at its limit of tokens, or early
+    finish: str = ""  # stop or length, as clients call it; empty: not complete
 
 
 class Observed:
@@ -53,8 +53,8 @@ class Observed:
         self.arrived = time.perf_counter_ns()
         self.ended = 0
         self.question: Question | None = None  # None: it could not be understood
-        self.plays_any = False  # what it plays is known, and allowed
-        self.version: Version | None = None  # None: the base, if it plays any
+        self.resolved = False  # what it plays is known, and allowed
+        self.version: Version | None = None  # that plays once resolved; None: the base
         self.label = NONE
         self.answers: dict[int, Answer] = {}
         self.code = grpc.StatusCode.OK
@@ -70,7 +70,7 @@ class Observed:
 
     def plays(self, version: Version | None) -> None:
         """Say what the request plays; None: the base."""
-        self.plays_any, self.version = True, version
+        self.resolved, self.version = True, version
         self.label = self._metrics.label(version.name if version else "")
 
     def began(self, index: int, version: Version | None, *, ready: int, prompt_tokens: int) -> None:
@@ -97,7 +97,7 @@ class Observed:
 
     def finished(self, index: int, *, stopped: bool) -> None:
         """Take note that an answer is complete."""
-        self.answers[index].stopped = stopped
+        self.answers[index].finish = "stop" if stopped else "length"
 
     def __enter__(self) -> Self:
         return self

@@ -39,7 +39,7 @@ def request_fields(observed: Observed) -> dict[str, Any]:
         "wire": observed.wire,
         "tenant": observed.tenant,
         "adapter": (observed.version.name if observed.version else asked)[:MAX_SHOWN],
-        "version": str(observed.version or "(base)") if observed.plays_any else "",
+        "version": str(observed.version or "(base)") if observed.resolved else "",
         "code": observed.code.name,
         "prompt_tokens": max((answer.prompt_tokens for answer in answers), default=0),
         "completion_tokens": sum(answer.tokens for answer in answers),

@@ -1,7 +1,7 @@
 """OpenTelemetry traces: a span for each request, with one for each thing it waited for.
 
 Spans are made when the request has ended, from the times noted meanwhile, and sent by a thread of
-their own: the request pays for none of it. Names follow OpenTelemetry's conventions for generative
+their own: no token waits for it. Names follow OpenTelemetry's conventions for generative
 AI (https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-spans/); prompts and answers are not
 recorded. Certificates and headers of the collector come from OTEL_EXPORTER_OTLP_* as usual.
 """
@@ -20,7 +20,7 @@ from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
-from opentelemetry.trace import Span, SpanKind, StatusCode, format_trace_id, set_span_in_context
+from opentelemetry.trace import SpanKind, StatusCode, format_trace_id, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from spieldose_server.config import ServerConfig
@@ -99,17 +99,17 @@ class Tracing:
     ) -> None:
         """Make the spans of what an answer waited for: its place, its first token, its last."""
 
-        def child(name: str, start: int, end: int, **attributes: Any) -> Span:
-            attributes["spieldose.answer"] = index
+        def child(name: str, start: int, end: int, *, resident: int = 0) -> None:
+            number = {"spieldose.answer": index}
             span = self._tracer.start_span(
-                name, inside, attributes=attributes, start_time=since + start
+                name, inside, attributes=number, start_time=since + start
             )
-            if name == "queue" and observed.version is not None:
-                span.add_event("adapter resident", timestamp=since + answer.ready)
+            if resident:
+                span.add_event("adapter resident", timestamp=since + resident)
             span.end(since + end)
-            return span
 
-        child("queue", observed.arrived, answer.began)
+        resident = answer.ready if observed.version else 0
+        child("queue", observed.arrived, answer.began, resident=resident)
         child("prefill", answer.began, answer.first or observed.ended)
         if answer.first:
             child("decode", answer.first, answer.last)
@@ -119,9 +119,6 @@ class Tracing:
         found: dict[str, Any] = {
             "gen_ai.operation.name": operation,
             "gen_ai.provider.name": "spieldose",
-            "gen_ai.response.finish_reasons": [
-                "stop" if answer.stopped else "length" for answer in answers
-            ],
             "gen_ai.usage.input_tokens": max((a.prompt_tokens for a in answers), default=0),
             "gen_ai.usage.output_tokens": sum(answer.tokens for answer in answers),
             "rpc.response.status_code": observed.code.name,
@@ -129,7 +126,9 @@ class Tracing:
             "spieldose.tenant": observed.tenant,
             "spieldose.wire": observed.wire,
         }
-        if observed.plays_any:
+        if finished := [answer.finish for answer in answers if answer.finish]:
+            found["gen_ai.response.finish_reasons"] = finished
+        if observed.resolved:
             found["gen_ai.response.model"] = str(observed.version or self._base)
         if (question := observed.question) is not None:
             found["gen_ai.request.model"] = question.adapter_id[:MAX_SHOWN] or self._base

@@ -95,6 +95,20 @@ def test_what_is_no_address_is_refused(tmp_path: Path, name: str, address: str) 
     ServerConfig(base="b", adapters=tmp_path, **fits)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("url", ["collector:4317", "http://", "grpc://collector:4317", "http:4317"])
+def test_what_is_no_collector_is_refused(tmp_path: Path, url: str) -> None:
+    with pytest.raises(ConfigError, match=f"otlp_endpoint: expected http.*, got '{url}'"):
+        ServerConfig(base="b", adapters=tmp_path, otlp_endpoint=url)
+    for fits in ("http://collector:4317", "https://[::1]:4317"):
+        ServerConfig(base="b", adapters=tmp_path, otlp_endpoint=fits)
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.1, float("nan")])
+def test_what_is_no_share_is_refused(tmp_path: Path, ratio: float) -> None:
+    with pytest.raises(ConfigError, match=f"trace_ratio: expected 0 to 1, got {ratio}"):
+        ServerConfig(base="b", adapters=tmp_path, trace_ratio=ratio)
+
+
 def test_check_serves_nothing(
     tiny_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -86,7 +86,7 @@ def test_a_request_that_makes_no_sense(served: Running, logged: Callable[[], lis
 def test_a_client_that_goes_away(served: Running, logged: Callable[[], list[Any]]) -> None:
     stream = served.client.stream("hello", adapter="a1", sampling=LONG)
     next(stream)
-    stream.close()  # type: ignore[attr-defined]  # it is a generator
+    stream.close()
     record = one(logged)
     assert record.code == "CANCELLED"
     assert 0 < record.completion_tokens < 300

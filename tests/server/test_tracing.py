@@ -159,6 +159,7 @@ def test_a_collector_gets_every_request(tiny_directory: Path, adapters: Path) ->
                 if span.parent_span_id == second.span_id]  # fmt: skip
     assert sorted(children) == [(k, i) for k in ("decode", "prefill", "queue") for i in (0, 1)]
 
+    assert "gen_ai.response.finish_reasons" not in attributes(third)
     assert attributes(third)["error.type"] == "NOT_FOUND"
     assert third.status.code != FAULT and not collector.inside(third)
     assert "gen_ai.response.model" not in attributes(third)

@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Generator
 from contextlib import closing
-from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import grpc
@@ -61,12 +60,7 @@ class Client:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
