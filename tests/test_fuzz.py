@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from mutants import Draft, draft, encoded, entries_of, with_header
+from spieldose_kernels.delta_header import HEADERS_IN_A_FILE
 
 FUZZ = Path(__file__).parents[1] / "benchmarks" / "fuzz.py"
 SEEDS = Path(__file__).parent / "seeds"
@@ -61,7 +62,7 @@ def large_files() -> dict[str, tuple[str, Callable[[], bytes]]]:
         "long-header": ("refused", lambda: (90_000_000).to_bytes(8, "little") + b"{" * 20_000_000),
         "huge-shape": ("refused", lambda: claiming(bf16, [1 << 20, 1 << 31, 1 << 40])),
         "description": ("refused", lambda: described(bf16, "x" * 20_000_000)),
-        "wide-description": ("valid", lambda: described(fp32, "𝄞" + "x" * 2_000_000)),
+        "wide-description": ("valid", lambda: described(fp32, "𝄞" + "x" * 1_700_000)),
         "lists": ("refused", lambda: padded('["𝄞",' + "[]," * 600_000 + "0]")),
         "objects": ("refused", lambda: padded('["𝄞",' + '{"a":-9,"":-9}  ,' * 120_000 + "0]")),
         "numbers": ("refused", lambda: padded('["𝄞",' + "-9," * 600_000 + "0]")),
@@ -96,9 +97,9 @@ def described(made: Draft, text: str) -> bytes:
 
 
 def padded(value: str) -> bytes:
-    """Return a header with a value before ten times as many bytes, so that it is read at all."""
+    """Return a header with a value before just as many bytes as it takes to be read at all."""
     header = f'{{"a":{value}}}'.encode()
-    return with_header(header, bytes(10 * len(header)))
+    return with_header(header, bytes((HEADERS_IN_A_FILE - 1) * len(header)))
 
 
 def array_entry(number: int) -> str:
