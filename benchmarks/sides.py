@@ -94,7 +94,7 @@ class Serving(Timed):
     def budgets(self) -> dict[str, int]:
         """Return how much room there is for adapters."""
         names = ("max_adapters", "adapter_memory", "host_memory")
-        return {name: getattr(self._config, name) for name in names}
+        return {name: getattr(self._server.config, name) for name in names}
 
     def generate(self, *, prompts: Sequence[list[int]], tokens: int) -> float:
         """Return the seconds that the engine takes for these prompts of the base, without gRPC."""

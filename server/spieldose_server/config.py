@@ -35,8 +35,8 @@ class ServerConfig:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda when there is one
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations
-    adapter_memory: int = 2 << 30  # bytes of device memory for resident adapters
-    host_memory: int = 2 << 30  # bytes of host memory for adapters ready to be copied there
+    adapter_memory: int = 0  # bytes of device memory for adapters; 0: half of what is free
+    host_memory: int = 0  # bytes of host memory for copies; 0: a quarter of what is free, on the CPU an eighth
     max_adapters: int = 1024  # adapters resident at once, whatever their size
     kv_tokens: int = 16384  # tokens of KV cache, shared by all running requests
     max_batch_tokens: int = 512  # of one forward pass; a longer prompt takes several
@@ -52,8 +52,6 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         for name in (
-            "adapter_memory",
-            "host_memory",
             "max_adapters",
             "kv_tokens",
             "max_batch_tokens",
@@ -67,7 +65,12 @@ class ServerConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("drain_seconds", "tenant_tokens_per_second"):
+        for name in (
+            "adapter_memory",
+            "host_memory",
+            "drain_seconds",
+            "tenant_tokens_per_second",
+        ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
         _check_address("listen", self.listen, sockets=True)

@@ -57,7 +57,7 @@ MOVES: dict[str, tuple[str, str, str]] = {
     "spieldose_adapter_budget_bytes": (
         TIERS,
         "bytes",
-        "never: it is `adapter_memory` and `host_memory`",
+        "never: it is `adapter_memory` and `host_memory`, or follows what was free at the start",
     ),
     "spieldose_adapters": (STATES, "versions", "files come and go, adapters are used"),
     "spieldose_leases_total": (

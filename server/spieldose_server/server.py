@@ -26,6 +26,7 @@ from spieldose_server.errors import ConfigError, EngineStopped
 from spieldose_server.files import AdapterFiles
 from spieldose_server.generation import Generation
 from spieldose_server.measured import introduce, measure
+from spieldose_server.memory_budgets import budgeted
 from spieldose_server.metrics import Metrics
 from spieldose_server.observer import Observer
 from spieldose_server.openai_http.app import OpenAI
@@ -78,7 +79,7 @@ class Server:
     """Hold one base's engine, store, directory and gRPC server."""
 
     def __init__(self, base: Base, config: ServerConfig) -> None:
-        self.config = config
+        self.config = config = budgeted(config, base.model.device)
         access = Access(Path(config.access)) if config.access else None
         self.engine = apart(partial(Engine, base, config))
         self._loader = loader()
