@@ -38,7 +38,7 @@ class AdapterDirectory:
         self,
         files: AdapterFiles,
         store: AdapterStore,
-        worker: Executor,
+        workers: Executor,
         *,
         keys: TrustedKeys | None = None,
     ) -> None:
@@ -46,7 +46,7 @@ class AdapterDirectory:
         self._keys = keys
         self._trusted = keys.current() if keys else ()
         self._store = store
-        self._worker = worker
+        self._workers = workers
         # None: it is looked at again
         self._taken: dict[
             str, FileStamp | None
@@ -68,7 +68,7 @@ class AdapterDirectory:
         for start in range(0, len(settled), HEADERS_AT_ONCE):
             part = settled[start : start + HEADERS_AT_ONCE]
             for name, stamp, outcome in await loop.run_in_executor(
-                self._worker, self._describe, part
+                self._workers, self._describe, part
             ):
                 version = Version(name=name, stamp=stamp)
                 if isinstance(outcome, Description):

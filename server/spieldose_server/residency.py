@@ -39,13 +39,13 @@ class Residency:
         self,
         slab: Slab,
         files: AdapterFiles,
-        worker: Executor,
+        workers: Executor,
         *,
         host_memory: int,  # bytes
     ) -> None:
         self._slab = slab
         self._files = files
-        self._worker = worker
+        self._workers = workers
         self.host_memory = host_memory
         self._changed: Callable[[Version], None] = lambda _: None
         self._dismiss: Callable[[Version], None] = lambda _: None
@@ -141,7 +141,7 @@ class Residency:
         try:
             loop = asyncio.get_running_loop()
             content = await loop.run_in_executor(
-                self._worker, self._files.read, version.name, version.stamp, version.signature
+                self._workers, self._files.read, version.name, version.stamp, version.signature
             )
         finally:
             version.reading = False
@@ -182,7 +182,7 @@ class Residency:
 
     async def _put(self, version: Version, packed: PackedAdapter) -> None:
         loop = asyncio.get_running_loop()
-        version.slot = await loop.run_in_executor(self._worker, self._slab.put, packed)
+        version.slot = await loop.run_in_executor(self._workers, self._slab.put, packed)
         self._resident[version] = None
         self._arrived[version] = None
         version.played = version.leaving = False

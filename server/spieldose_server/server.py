@@ -35,7 +35,7 @@ from spieldose_server.port import Port, Services
 from spieldose_server.residency import Residency
 from spieldose_server.service import InferenceService
 from spieldose_server.store import AdapterStore
-from spieldose_server.threads import apart, loader
+from spieldose_server.threads import apart, loaders
 from spieldose_server.tracing import Tracing
 from spieldose_server.trusted_keys import TrustedKeys
 
@@ -82,13 +82,13 @@ class Server:
         self.config = config = budgeted(config, base.model.device)
         access = Access(Path(config.access)) if config.access else None
         self.engine = apart(partial(Engine, base, config))
-        self._loader = loader()
+        self._loaders = loaders()
         slab = self.engine.slab
         keys = TrustedKeys.of(config)
         files = AdapterFiles(config.adapters, base.spec, dtype=slab.dtype, keys=keys)
-        residency = Residency(slab, files, self._loader, host_memory=config.host_memory)
+        residency = Residency(slab, files, self._loaders, host_memory=config.host_memory)
         self.store = AdapterStore(residency)
-        self.directory = AdapterDirectory(files, self.store, self._loader, keys=keys)
+        self.directory = AdapterDirectory(files, self.store, self._loaders, keys=keys)
         limits = Limits(
             running=config.max_batch_requests,
             accepted=config.max_requests,
@@ -115,7 +115,7 @@ class Server:
             openai = OpenAI(base, generation, self.store, observer, callers)
             self._openai = Listener(openai, config)
         self._watching: asyncio.Task[None] | None = None
-        self._http: WSGIServer | None = None
+        self._metrics_server: WSGIServer | None = None
         self.metrics_port = 0  # known once started
 
     def _make_ports(
@@ -177,12 +177,12 @@ class Server:
             return
         host, _, port = self.config.metrics_listen.rpartition(":")
         try:
-            self._http, _ = start_http_server(int(port), host, self.metrics.registry)
+            self._metrics_server, _ = start_http_server(int(port), host, self.metrics.registry)
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"metrics_listen: expected a free address, got {self.config.metrics_listen}"
             ) from error
-        self.metrics_port = self._http.server_port
+        self.metrics_port = self._metrics_server.server_port
 
     def check(self) -> None:
         """Raise what ended the directory watch, or EngineStopped, if either is over."""
@@ -200,10 +200,10 @@ class Server:
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.wait([self._watching])
-        if self._http is not None:
-            await asyncio.to_thread(self._http.shutdown)
-            self._http.server_close()
-        self._loader.shutdown()
+        if self._metrics_server is not None:
+            await asyncio.to_thread(self._metrics_server.shutdown)
+            self._metrics_server.server_close()
+        self._loaders.shutdown()
         await asyncio.to_thread(self.engine.stop)
         if self._tracing is not None:
             await asyncio.to_thread(self._tracing.close)

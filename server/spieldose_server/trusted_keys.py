@@ -6,6 +6,7 @@ wrong with it leaves the keys that were read before. A version whose key is gone
 
 import logging
 import re
+import threading
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -28,6 +29,7 @@ class TrustedKeys:
     def __init__(self, path: Path) -> None:
         """Read the file. Raises ConfigError."""
         self._path = path
+        self._reading = threading.Lock()  # or one loader saw the new stamp beside the old keys
         self._stamp: Stamp | None = None
         self._keys = self._read()
 
@@ -38,13 +40,14 @@ class TrustedKeys:
 
     def current(self) -> tuple[Ed25519PublicKey, ...]:
         """Return the keys as they are now: others once the file has changed."""
-        try:
-            if Stamp.of(self._path.stat()) != self._stamp:
-                self._keys = self._read()
-                log.info("%s was read again", self._path)
-        except (OSError, ConfigError) as error:
-            log.error("trusted keys stay as they were: %s", error)
-        return self._keys
+        with self._reading:
+            try:
+                if Stamp.of(self._path.stat()) != self._stamp:
+                    self._keys = self._read()
+                    log.info("%s was read again", self._path)
+            except (OSError, ConfigError) as error:
+                log.error("trusted keys stay as they were: %s", error)
+            return self._keys
 
     def check(self, signature: Signature | None) -> None:
         """Raise UntrustedDelta unless one of the keys made a signature."""

@@ -15,7 +15,7 @@ from spieldose_server.directory import AdapterDirectory
 from spieldose_server.files import AdapterFiles
 from spieldose_server.residency import Residency
 from spieldose_server.store import AdapterStore
-from spieldose_server.threads import loader
+from spieldose_server.threads import loaders
 from spieldose_server.trusted_keys import TrustedKeys
 
 from ..conftest import Running
@@ -61,11 +61,11 @@ def on_shelf(tmp_path: Path) -> Callable[..., Callable[[Test], None]]:
                 dtype=torch.float32,
                 device=torch.device("cpu"),
             )
-            worker = loader()
+            workers = loaders()
             files = AdapterFiles(tmp_path, SPEC, dtype=torch.float32, keys=keys)
-            residency = Residency(slab, files, worker, host_memory=int(host * ONE))
+            residency = Residency(slab, files, workers, host_memory=int(host * ONE))
             store = AdapterStore(residency)
-            directory = AdapterDirectory(files, store, worker, keys=keys)
+            directory = AdapterDirectory(files, store, workers, keys=keys)
             shelf = Shelf(tmp_path, slab, residency, store, directory)
             for seed, name in enumerate(names):
                 shelf.write(name, seed=seed)
@@ -77,7 +77,7 @@ def on_shelf(tmp_path: Path) -> Callable[..., Callable[[Test], None]]:
                 await test(shelf)
 
             asyncio.run(asyncio.wait_for(whole(), 60))
-            worker.shutdown()
+            workers.shutdown()
 
         return run
 

@@ -26,6 +26,7 @@ from spieldose_kernels.delta_file import read_delta, write_delta
 from spieldose_kernels.linear import DeltaLinear
 from spieldose_proto import inference_pb2 as pb
 from spieldose_server.client import ClientError, Reply
+from spieldose_server.threads import LOADERS
 
 from ..conftest import Running, eventually, random_adapter
 from .dense import assert_greedy, dense_model
@@ -159,7 +160,8 @@ def test_4_a_load_begins_at_arrival_and_only_its_own_requests_wait_for_it(servin
         waits.result()
         assert [running.state(name) for name in NAMES[:3]] == ["resident", "on host", "resident"]
         gate = threading.Event()
-        running.server._loader.submit(gate.wait, 60)  # a load that takes its time
+        for _ in range(LOADERS):  # loads that take their time
+            running.server._loaders.submit(gate.wait, 60)
         cold = pool.submit(say, running, "a2")
         eventually(lambda: running.state("a2") == "loading")
         for name in ("a1", "a3", "", "a1"):

@@ -2,12 +2,13 @@
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from spieldose_server.threads import NICE, apart, loader
+from spieldose_server.threads import LOADERS, NICE, apart, loaders
 
 
 @pytest.fixture(autouse=True)
@@ -29,18 +30,29 @@ def test_what_work_apart_raises_is_raised() -> None:
         apart(lambda: 1 // 0)
 
 
-def test_the_loader_computes_alone_and_every_other_thread_with_a_team() -> None:
-    with loader() as worker:
-        assert worker.submit(torch.get_num_threads).result() == 1
+def test_loaders_compute_alone_and_every_other_thread_with_a_team() -> None:
+    with loaders() as workers:
+        assert on_each(workers, torch.get_num_threads) == [1] * LOADERS
         assert torch.get_num_threads() == 2
         assert apart(torch.get_num_threads) == 2
 
 
-def test_the_loader_gives_way_to_every_other_thread() -> None:
+def test_loaders_give_way_to_every_other_thread() -> None:
     def niceness() -> int:
         return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 
     before = niceness()
-    with loader() as worker:
-        assert worker.submit(niceness).result() == min(before + NICE, 19)
+    with loaders() as workers:
+        assert on_each(workers, niceness) == [min(before + NICE, 19)] * LOADERS
         assert niceness() == apart(niceness) == before
+
+
+def on_each(workers: ThreadPoolExecutor, ask: Callable[[], int]) -> list[int]:
+    """Return what every worker answers; none answers twice, as they wait for each other."""
+    together = threading.Barrier(LOADERS)
+
+    def answer() -> int:
+        together.wait(60)
+        return ask()
+
+    return [asked.result() for asked in [workers.submit(answer) for _ in range(LOADERS)]]
