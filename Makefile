@@ -47,10 +47,10 @@ proto: .venv/installed
 		--python_out=proto --pyi_out=proto --grpc_python_out=proto spieldose_proto/inference.proto
 
 config: .venv/installed
-	$(BIN)/python -m spieldose_server.config_file > server/spieldose.toml
+	$(BIN)/python -P -m spieldose_server.config_file > server/spieldose.toml
 
 metrics: .venv/installed
-	$(BIN)/python -m spieldose_server.metrics_table > docs/METRICS.md
+	$(BIN)/python -P -m spieldose_server.metrics_table > docs/METRICS.md
 	$(BIN)/python docs/grafana/dashboard.py > docs/grafana/spieldose.json
 
 .venv/installed: pyproject.toml constraints.txt

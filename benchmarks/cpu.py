@@ -1,7 +1,8 @@
 """Measure serving on the CPU with the demo's base, both sides of every ratio interleaved.
 
-Prints one table and, as its last line, one JSON object. Each side runs in a process of its own,
-one at a time: two OpenMP teams in one process would slow each other down.
+`make bench-cpu`. Prints one table and, as its last line, one JSON object of the medians; all values
+go into a JSON file. Each side runs in a process of its own, one at a time: two OpenMP teams in one
+process would slow each other down.
 """
 
 import asyncio
@@ -9,9 +10,11 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import tyro
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
@@ -46,10 +49,21 @@ GOALS = {
 }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arguments:
+    """Measure serving on the CPU."""
+
+    out: Path = Path("build/cpu.jsonl")  # gets every run's values, a line a benchmark
+
+
 def main() -> None:
-    """Measure and print."""
-    base = demo_base()
-    ratios, rates = measure(base)
+    """Measure, keep all values, print."""
+    arguments = tyro.cli(Arguments)
+    ratios, rates = measure(demo_base())
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    rounded = {what: [round(v, 4) for v in values] for what, values in (ratios | rates).items()}
+    with open(arguments.out, "a") as out:
+        out.write(json.dumps({"threads": torch.get_num_threads()} | rounded) + "\n")
     table = Table("what", "median", "lowest", "highest", "goal")
     for key, (what, goal) in GOALS.items():
         values = ratios[key]
@@ -76,6 +90,7 @@ def measure(base: str) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
         ratios["product_over_csr_loop"].append(products("csr_loop") / products("spieldose"))
         rate("dense product of 512 tokens: its time / ours", products("dense") / products("long"))
         rate("packing 32 M entries (7B at 0.5 %), seconds on one core", products("pack"))
+    rate("the same, bytes an entry", products("bytes_an_entry"))
     products.close()
     ours, lora = Side(Spieldose, base), Side(PeftLora, base)
     for side in (ours, lora):
@@ -217,6 +232,7 @@ class Products:
         self.one = TokenGroups.of([0], [512], CPU)
         self.threads = torch.get_num_threads()
         self.large = _large_adapter()
+        self.packed_bytes = 0  # known once packed
         self._check()
 
     def _check(self) -> None:
@@ -268,10 +284,14 @@ class Products:
         """Return the seconds that an adapter as large as Llama-2-7B's takes to pack."""
         torch.set_num_threads(1)
         begin = time.perf_counter()
-        pack(self.large, torch.bfloat16)
+        self.packed_bytes = pack(self.large, torch.bfloat16).nbytes
         seconds = time.perf_counter() - begin
         torch.set_num_threads(self.threads)
         return seconds
+
+    def bytes_an_entry(self) -> float:
+        """Return what an entry of that adapter takes once it is packed."""
+        return self.packed_bytes / self.large.nnz
 
 
 def random_adapter(

@@ -82,6 +82,7 @@ def main() -> None:
                 "held_out_items_per_task": HELD_OUT,
                 "mixed_batch_max_adapters": steps.max_adapters_in_step,
                 "mixed_batch_max_requests": steps.max_requests_in_step,
+                "delta_file_megabytes": round(waiting.stat().st_size / 1e6, 1),
                 "hot_load_seconds": round(seconds, 3),
                 "tokens_per_second": round(rate, 1),
                 "seconds": round(time.perf_counter() - started, 1),

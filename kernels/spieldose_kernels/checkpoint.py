@@ -6,6 +6,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.quantizers.auto import AutoHfQuantizer
@@ -20,11 +21,20 @@ def find_checkpoint(name: str) -> Path:
         return Path(name)
     try:
         wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
-        return Path(snapshot_download(name, allow_patterns=wanted))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        return Path(snapshot_download(hub_name(name), allow_patterns=wanted))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise BaseError(
             f"expected a model directory or hub name, got {name!r}: {first_line(error)}"
         ) from error
+
+
+def hub_name(name: str) -> str:
+    """Return what is no directory, if it may be a model's name on the hub; raises BaseError."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise BaseError(f"expected a model directory or hub name, got {name!r}") from error
+    return name
 
 
 def checkpoint_spec(name: str) -> BaseSpec:

@@ -11,13 +11,13 @@ class AskArguments:
     """Say who answers, and how."""
 
     adapter: str = ""  # name of the adapter; empty plays the base
-    server: str = DEFAULT_ADDRESS
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
+    server: str = DEFAULT_ADDRESS  # its address and port, or unix:PATH
+    max_tokens: int | None = None  # 256, or what the context has room for
+    temperature: float | None = None  # 0, the default, takes the likeliest token
+    top_p: float | None = None  # share of the likeliest tokens to choose from
+    top_k: int | None = None  # number of them
+    seed: int | None = None  # the same one makes the same choices
+    stop: tuple[str, ...] = ()  # texts that end the answer
     json_schema: str | None = None  # the schema itself, that the answer fulfils
     regex: str | None = None  # that the answer matches as a whole
     timeout: float | None = None  # seconds of an answer

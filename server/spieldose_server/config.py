@@ -36,7 +36,7 @@ class ServerConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda when there is one
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations
     adapter_memory: int = 0  # bytes of device memory for adapters; 0: half of what is free
-    host_memory: int = 0  # bytes of host memory for copies; 0: a quarter of what is free, on the CPU an eighth
+    host_memory: int = 0  # bytes of host memory for copies; 0: 1/4 of what is free, on the CPU 1/8
     max_adapters: int = 1024  # adapters resident at once, whatever their size
     kv_tokens: int = 16384  # tokens of KV cache, shared by all running requests
     max_batch_tokens: int = 512  # of one forward pass; a longer prompt takes several

@@ -24,7 +24,7 @@ MEANING = re.compile(r"    (\w+): [^#]*  # (.+)")  # a field of a dataclass, and
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeArguments(ServerConfig):
-    """Serve one 4-bit base and every adapter in a directory over gRPC."""
+    __doc__ = ServerConfig.__doc__
 
     config: Path | None = None  # TOML file of these settings; flags override it
     check: bool = False  # say what is wrong with the settings, serve nothing
@@ -60,16 +60,17 @@ def flags(path: Path) -> list[str]:
 
 def checked(config: ServerConfig) -> str:
     """Return what a server of these settings would serve. Raises BaseError or ConfigError."""
-    from spieldose_kernels.checkpoint import target_shapes  # heavy
+    from spieldose_kernels.checkpoint import hub_name, target_shapes  # heavy
 
     if config.access:
         Access(Path(config.access))
     Certificates.of(config)
     TrustedKeys.of(config)
 
-    what = config.base
     if Path(config.base).is_dir():
-        what += f", {len(target_shapes(Path(config.base)))} target layers"
+        what = f"{config.base}, {len(target_shapes(Path(config.base)))} target layers"
+    else:
+        what = f"{hub_name(config.base)}, a hub name, not looked up"
     return f"spieldose serve: the settings are right: {what}, on {config.listen}"
 
 

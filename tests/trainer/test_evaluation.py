@@ -177,8 +177,13 @@ def test_the_mode_comes_back_after_an_error_and_gradients_with_it(base: Base) ->
 
 
 def test_an_evaluation_leaves_gradients_alone(base: Base) -> None:
+    learnt = [p for p in base.model.parameters() if p.is_floating_point()]
+    for parameter in learnt:
+        parameter.grad = torch.full_like(parameter, 3.0)
     measure(base, known(base))
-    assert all(parameter.grad is None for parameter in base.model.parameters())
+    assert all(torch.equal(p.grad, torch.full_like(p, 3.0)) for p in learnt)
+    for parameter in learnt:
+        parameter.grad = None
 
 
 def test_no_random_number_is_drawn(base: Base) -> None:

@@ -75,6 +75,15 @@ def test_a_runs_file_is_accepted_against_its_base(configure: Configure, tiny_bas
     assert adapter.info.settings["max_steps"] == "4"
 
 
+def test_a_runs_file_names_no_directory_of_its_maker(configure: Configure) -> None:
+    config = configure(max_steps=1)
+    settings = read_delta(train(config).file.read_bytes()).info.settings
+    assert settings["data"] == config.data.name and settings["out"] == config.out.name
+    assert settings["base"] == Path(config.base).name
+    assert [name for name, value in settings.items() if "/" in value] == []
+    assert str(config.out) in (config.folder / "report.json").read_text()
+
+
 def test_a_runs_file_holds_the_trained_values(configure: Configure) -> None:
     result = train(configure(max_steps=4))
     written = read_delta(result.file.read_bytes()).modules

@@ -115,7 +115,7 @@ class Trainer:
         return self.model.adapter(
             method=config.method,
             description=config.description,
-            settings=config.settings(),
+            settings=config.shared_settings(),
             chat_template=self._template,
             dtype=getattr(torch, config.value_dtype),
         )

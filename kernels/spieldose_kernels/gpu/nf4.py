@@ -2,20 +2,16 @@
 
 The format is bitsandbytes': two weights to a byte, the first in the high half; every 64 weights of
 a row share a scale; scales are bytes that name one of 256 numbers, and every 256 of them share a
-scale of their own; to all of them is added one offset.
+scale of their own; to all of them is added one offset. No layer multiplies by this
+yet: whether it is faster than bitsandbytes' own product is not measured.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 import triton
 import triton.language as tl
-
-# By layer shape (R, C), the numbers of tokens for which this was measured faster than bitsandbytes'
-# own product: where it is not, that one is used. Nothing is measured yet, so it is used nowhere.
-FASTER: Final[Mapping[tuple[int, int], range]] = {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
