@@ -79,7 +79,7 @@ class Server:
     """Hold one base's engine, store, directory and gRPC server."""
 
     def __init__(self, base: Base, config: ServerConfig) -> None:
-        self.config = config = budgeted(config, base.model.device)
+        self.config = config = budgeted(config, base.model)
         access = Access(Path(config.access)) if config.access else None
         self.engine = apart(partial(Engine, base, config))
         self._loaders = loaders()

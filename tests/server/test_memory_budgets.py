@@ -1,17 +1,37 @@
 """Budgets that the configuration leaves open follow what memory is free."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from spieldose_server import memory_budgets
 from spieldose_server.config import ServerConfig
 from spieldose_server.errors import ConfigError
-from spieldose_server.memory_budgets import budgeted, free_memory
+from spieldose_server.memory_budgets import budgeted, free_memory, kv_bytes
+
+from ..conftest import Running
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+class Model:
+    """Stand for a model of 2 layers with a key and a value of 6 numbers of 2 bytes: 48 a token."""
+
+    dtype = torch.bfloat16
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.config = LlamaConfig(
+            num_hidden_layers=2,
+            hidden_size=20,
+            num_attention_heads=4,
+            num_key_value_heads=1,
+            head_dim=6,
+        )
 
 
 @pytest.fixture
@@ -24,20 +44,34 @@ def free(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("given", "device", "expected"),
     [
-        ({}, CPU, (4000, 1000)),
-        ({}, CUDA, (300, 2000)),
+        ({}, CPU, (3952, 1000)),  # 96 bytes go to the KV cache
+        ({}, CUDA, (252, 2000)),
         ({"adapter_memory": 7}, CPU, (7, 1000)),
-        ({"host_memory": 7}, CUDA, (300, 7)),
+        ({"host_memory": 7}, CUDA, (252, 7)),
         ({"adapter_memory": 9000, "host_memory": 9001}, CPU, (9000, 9001)),
     ],
 )
 def test_what_is_not_given_is_a_share_of_what_is_free(
     tmp_path: Path, given: dict[str, int], device: torch.device, expected: tuple[int, int]
 ) -> None:
-    config = ServerConfig(base="b", adapters=tmp_path, kv_tokens=99, **given)  # type: ignore[arg-type]
-    found = budgeted(config, device)
+    config = ServerConfig(base="b", adapters=tmp_path, kv_tokens=2, **given)  # type: ignore[arg-type]
+    found = budgeted(config, Model(device))
     assert (found.adapter_memory, found.host_memory) == expected
-    assert found.kv_tokens == 99
+    assert found.kv_tokens == 2
+
+
+@pytest.mark.usefixtures("free")
+def test_where_the_kv_cache_takes_all_the_server_does_not_start(tmp_path: Path) -> None:
+    config = ServerConfig(base="b", adapters=tmp_path, kv_tokens=15)
+    with pytest.raises(ConfigError, match=r"free memory on cuda .* beside 15 kv_tokens, got 0 and"):
+        budgeted(config, Model(CUDA))
+    budgeted(replace(config, adapter_memory=1), Model(CUDA))
+
+
+def test_the_kv_cache_takes_what_the_engine_allocates(running: Running) -> None:
+    cache = running.server.engine._manager.batch_processor.cache
+    held = kv_bytes(running.base.model, running.server.config.kv_tokens)
+    assert held <= cache.cache_tensor.nbytes <= 1.1 * held  # a little of it is nobody's
 
 
 @pytest.mark.parametrize("name", ["adapter_memory", "host_memory"])
