@@ -114,6 +114,11 @@ class Slab:
         return self.arena.memory.numel()
 
     @property
+    def slots(self) -> int:
+        """Return how many adapters there is room for, whatever their size."""
+        return self._tables.shape[1]
+
+    @property
     def modules(self) -> list[str]:
         """Return the names of the layers it covers."""
         return list(self._modules)
@@ -149,6 +154,7 @@ class Slab:
     def remove(self, slot: int) -> None:
         """Give a slot and its memory back."""
         with self._lock:
-            self._tables[:, slot] = 0
+            with torch.cuda.stream(self._stream):  # before whatever is put there next
+                self._tables[:, slot] = 0
             self.arena.free(*self._extents.pop(slot))
             self._free_slots.append(slot)

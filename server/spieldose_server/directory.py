@@ -15,7 +15,12 @@ from watchfiles import awatch
 
 from spieldose_kernels.delta_file import SUFFIX
 from spieldose_kernels.errors import DeltaError, TruncatedDelta, UntrustedDelta
-from spieldose_server.errors import AdapterTooLarge, NoSuchFile, RejectedAdapter
+from spieldose_server.errors import (
+    AdapterTooLarge,
+    NoSuchFile,
+    RejectedAdapter,
+    UnreadableAdapter,
+)
 from spieldose_server.files import AdapterFiles, Description, FileChanged, FileStamp
 from spieldose_server.store import AdapterStore
 from spieldose_server.trusted_keys import TrustedKeys
@@ -99,7 +104,8 @@ class AdapterDirectory:
                         await asyncio.sleep(SETTLE_SECONDS)
                     if not self._there:
                         break  # what is watched is gone even if the path comes back
-            except (OSError, ExceptionGroup) as error:  # of a name that is not UTF-8, for one
+            except (OSError, RuntimeError, ExceptionGroup) as error:
+                # of a name that is not UTF-8, for one, or of too few inotify instances
                 log.warning("adapter directory: %r", error)
             await asyncio.sleep(RESCAN_MILLISECONDS / 1000)
             await self.reconcile()
@@ -134,7 +140,8 @@ class AdapterDirectory:
             found = await asyncio.to_thread(self._files.scan)
             if name not in found:
                 raise NoSuchFile(f"expected {name}{SUFFIX} in the adapter directory, got none")
-            await self._take(name, found[name])
+            if not await self._take(name, found[name]):
+                raise UnreadableAdapter(f"expected a file at rest, got {name}{SUFFIX} changing")
         newest = self._store.newest(name)
         if newest.state is State.REJECTED:
             raise RejectedAdapter(f"adapter {name!r} was rejected: {newest.reason}")
@@ -169,7 +176,8 @@ class AdapterDirectory:
         if now - since >= (SETTLE_SECONDS if complete else PATIENCE_SECONDS):
             await self._take(name, stamp)
 
-    async def _take(self, name: str, stamp: FileStamp) -> None:
+    async def _take(self, name: str, stamp: FileStamp) -> bool:
+        """Publish or reject what a file holds; return whether it kept still for that."""
         version = Version(name=name, stamp=stamp)
         self._store.begin(version)
         try:
@@ -177,7 +185,7 @@ class AdapterDirectory:
         except (FileChanged, FileNotFoundError):
             self._store.abandon(version)
             self._seen[name] = (stamp, time.monotonic())
-            return
+            return False
         except (DeltaError, AdapterTooLarge, OSError) as error:
             self._store.reject(version, str(error))
         except Exception as error:  # whatever one file does to us, the others are still taken up
@@ -188,6 +196,7 @@ class AdapterDirectory:
             await self._store.residency.offer(version)
         self._seen.pop(name, None)
         self._taken[name] = stamp
+        return True
 
     def _describe(self, found: Found) -> list[tuple[str, FileStamp, Description | str]]:
         """Return what each file's header says, or why it is rejected; none for those in flux."""

@@ -10,6 +10,7 @@ SpieldoseError
     ├── NoSuchFile             NOT_FOUND
     ├── RejectedAdapter        FAILED_PRECONDITION
     ├── AdapterTooLarge        FAILED_PRECONDITION
+    ├── NoRoom                 FAILED_PRECONDITION
     ├── UnreadableAdapter      UNAVAILABLE
     ├── Busy                   RESOURCE_EXHAUSTED, says when to try again
     └── EngineStopped          UNAVAILABLE
@@ -76,6 +77,12 @@ class RejectedAdapter(ServerError):
 
 class AdapterTooLarge(ServerError):
     """An adapter takes more than all the adapter memory."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class NoRoom(ServerError):
+    """Pinned adapters leave too little room for another."""
 
     code = grpc.StatusCode.FAILED_PRECONDITION
 

@@ -170,7 +170,7 @@ class AdapterFiles:
                 yield file
             finally:
                 now = Stamp.of(os.fstat(file.fileno()))
-                if now != Stamp(stamp.inode, stamp.size, stamp.modified):
+                if now != Stamp(stamp.inode, stamp.size, stamp.modified, stamp.changed):
                     raise FileChanged
 
 

@@ -19,7 +19,7 @@ from typing import TypeVar
 from spieldose_kernels.errors import ArenaFull
 from spieldose_kernels.slab import Slab
 from spieldose_kernels.sliced import PackedAdapter
-from spieldose_server.errors import AdapterTooLarge
+from spieldose_server.errors import AdapterTooLarge, NoRoom
 from spieldose_server.files import AdapterFiles, Content, FileChanged
 from spieldose_server.versions import Version
 
@@ -173,6 +173,7 @@ class Residency:
                 try:
                     await self._put(version, packed)
                 except ArenaFull:
+                    self._check_room(version)
                     if not self._evict():
                         self._ask_to_leave()
                         await self._freed.wait()
@@ -190,10 +191,21 @@ class Residency:
         self._changed(version)
         self.release(version)  # it may have lost its last request, or its file, meanwhile
 
+    def _check_room(self, version: Version) -> None:
+        """Raise NoRoom if what is pinned leaves too little, whatever else leaves."""
+        pinned = [held for held in self._resident if held.pinned and not held.retired]
+        left = self._slab.budget - sum(held.nbytes for held in pinned)
+        alone = len(pinned) in (self._slab.slots, len(self._resident))
+        if pinned and (alone or left < version.nbytes):
+            raise NoRoom(
+                f"adapter {version.name!r}: expected {version.nbytes} bytes in one piece and a "
+                f"slot beside {len(pinned)} pinned adapters, got {left} bytes"
+            )
+
     def _evict(self) -> bool:
         """Free the slot that was used least recently of those nobody needs, if there is one."""
         for version in self._resident:
-            if version.leases == 0 and not version.pinned:
+            if version.leases == version.playing == 0 and not version.pinned:
                 self._unload(version)
                 self.evictions += 1
                 return True

@@ -12,8 +12,9 @@ class Stamp:
     inode: int
     size: int
     modified: int  # nanoseconds
+    changed: int  # the same, which no program can set back
 
     @classmethod
     def of(cls, status: os.stat_result) -> Self:
         """Take the stamp of a file's status."""
-        return cls(status.st_ino, status.st_size, status.st_mtime_ns)
+        return cls(status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)

@@ -126,14 +126,13 @@ class AdapterStore:
         """Show a version that is being validated before it takes its name's place."""
         if current := self._current.get(version.name):
             version.signature = current.signature  # the content may be the same, too
-        self._newer[version.name] = version
+        self._succeed(version.name, version)
         self.changed(version)
 
     def abandon(self, version: Version) -> None:
         """Forget a version that was begun: its file is changing still."""
         if self._newer.get(version.name) is version:
-            del self._newer[version.name]
-        self._tell(version, gone=True)
+            self._succeed(version.name, None)
 
     def publish(self, version: Version) -> None:
         """Make a version what requests for its name get; the one before drains.
@@ -141,14 +140,15 @@ class AdapterStore:
         The same content again changes nothing.
         """
         name = version.name
-        self._newer.pop(name, None)
         current = self._current.get(name)
         if current is not None and current.digest and current.digest == version.digest:
             current.stamp = version.stamp
-            self._tell(version, gone=True)
+            self._succeed(name, None)
+            self.residency.retire(version)  # there is one copy of a content
             self._move()
             return
         self._retire(name)
+        self._succeed(name, None, published=version)
         version.pinned = name in self._pinned
         version.published = True
         self._current[name] = version
@@ -164,15 +164,14 @@ class AdapterStore:
             del self._current[name]
             self.residency.retire(version)
         version.reason = reason
-        self._newer[name] = version
+        self._succeed(name, version)
         log.warning("adapter %s rejected: %s", name, reason)
         self._move()
         self.changed(version)
 
     def retire(self, name: str) -> None:
         """Stop serving a name; running requests finish. Unknown names are no error."""
-        if newer := self._newer.pop(name, None):
-            self._tell(newer, gone=True)
+        self._succeed(name, None)
         self._retire(name)
         self._move()
 
@@ -221,6 +220,16 @@ class AdapterStore:
         task = asyncio.create_task(load())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def _succeed(
+        self, name: str, version: Version | None, *, published: Version | None = None
+    ) -> None:
+        """Put a version, or none, after the current one; tell that what was there is gone."""
+        before = self._newer.pop(name, None)
+        if before is not None and before not in (version, published):
+            self._tell(before, gone=True)
+        if version is not None:
+            self._newer[name] = version
 
     def _retire(self, name: str) -> None:
         if version := self._current.pop(name, None):
