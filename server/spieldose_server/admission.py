@@ -88,6 +88,7 @@ class Turn:
 
     tenant: Tenant
     share: Share
+    tokens: int  # of the prompt
     version: Version | None  # what plays; None: the base
     ready: int  # when that was on the device, by time.perf_counter_ns
 
@@ -136,8 +137,7 @@ class Admission:
         Waits for the adapter to be on the device and for the request's turn. Raises what
         `Lease.ready` raises.
         """
-        turn = await self._wait(tenant, lease)
-        turn.charge(tokens)
+        turn = await self._wait(tenant, lease, tokens)
         try:
             yield turn
         finally:
@@ -166,12 +166,12 @@ class Admission:
         self._tenants[name] = tenant
         return tenant
 
-    async def _wait(self, tenant: Tenant, lease: Lease | None) -> Turn:
+    async def _wait(self, tenant: Tenant, lease: Lease | None, tokens: int) -> Turn:
         """Wait for the adapter and for a place, and take it."""
         while True:
             version = None if lease is None else await lease.ready()
             share = self._join(tenant, "" if version is None else version.name)
-            turn = Turn(tenant, share, version, time.perf_counter_ns())
+            turn = Turn(tenant, share, tokens, version, time.perf_counter_ns())
             place = asyncio.get_running_loop().create_future()
             share.queue[place] = turn
             self._advance()
@@ -198,7 +198,12 @@ class Admission:
         return share
 
     def _advance(self) -> None:
-        """Give free places to those whose turn it is."""
+        """Give free places to those whose turn it is.
+
+        A prompt counts at once: the next of several places that are free goes to somebody else.
+        """
+        if self.running == 0:
+            self._ended = time.monotonic()  # idle time is no pace
         while self.running < self._limits.running and (chosen := self._next()) is not None:
             place, turn = chosen.queue.popitem(last=False)
             if place.cancelled():
@@ -206,6 +211,7 @@ class Admission:
             self.running += 1
             turn.tenant.running += 1
             turn.share.running += 1
+            turn.charge(turn.tokens)
             if turn.version is not None:
                 turn.version.playing += 1
                 turn.version.played = True

@@ -135,14 +135,20 @@ class Engine:
                 given = [logprobs.popleft() for _ in ids] if logprobs else []
                 yield Tokens(ids, finished, finished and ids[-1] in ends, given)
         finally:
-            if submitted and not gone.is_set():
-                self._cancelled.add(request.id)
-                self._manager.cancel_request(request.id)
-                await self._let_go(gone)
-                self._cancelled.discard(request.id)
-            self._manager.output_router.result_handlers.pop(request.id, None)
-            del self._gone[request.id]
-            self._logprobs.pop(request.id, None)
+            try:
+                if submitted and not gone.is_set():
+                    self._cancelled.add(request.id)
+                    self._manager.cancel_request(request.id)
+                    await self._let_go(gone)
+            finally:
+                self._forget(request.id)
+
+    def _forget(self, request: str) -> None:
+        """Drop what was kept for a request."""
+        self._cancelled.discard(request)
+        self._manager.output_router.result_handlers.pop(request, None)
+        del self._gone[request]
+        self._logprobs.pop(request, None)
 
     async def _let_go(self, gone: asyncio.Event) -> None:
         """Wait until the engine is done with a request, however often this task is cancelled."""

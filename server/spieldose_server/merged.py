@@ -39,4 +39,16 @@ async def merged(streams: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[T]:
     finally:
         for task in tasks:
             task.cancel()
-        await asyncio.wait(tasks)
+        await _all_ended(tasks)
+
+
+async def _all_ended(tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Wait for the end of all tasks, however often this one is cancelled."""
+    cancelled = False
+    while not all(task.done() for task in tasks):
+        try:
+            await asyncio.wait(tasks)
+        except asyncio.CancelledError:
+            cancelled = True
+    if cancelled:
+        raise asyncio.CancelledError

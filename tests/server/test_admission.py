@@ -1,6 +1,8 @@
 """Turns are fair between tenants and adapters, and what is too much is turned away."""
 
 import asyncio
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 from spieldose_server.admission import Admission, Limits, Tenant
 from spieldose_server.errors import Busy
 from spieldose_server.store import AdapterStore, Lease
+from spieldose_server.threads import LOADERS
 
 from .shelf import Shelf
 
@@ -80,6 +83,38 @@ def test_a_flood_of_one_tenant_does_not_delay_another() -> None:
         await asyncio.gather(*map(hall.ask, ["flood"] * 100 + ["small"] * 10))
         last = len(hall.order) - hall.order[::-1].index("small")
         assert last <= 21, "the small tenant is served every other time"
+
+    asyncio.run(run())
+
+
+def test_places_that_come_free_together_go_to_different_tenants() -> None:
+    async def run() -> None:
+        hall = Hall(running=4)
+        await asyncio.gather(*map(hall.ask, "aaaaaaaabbbbbbbbccccccccdddddddd"))
+        later = hall.order[4:]  # the first find four places free, and nobody else there
+        waves = [set(later[i : i + 4]) for i in range(0, 12, 4)]
+        assert all(len(wave) >= 3 for wave in waves), hall.order
+
+    asyncio.run(run())
+
+
+def test_idle_time_is_no_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+
+    async def run() -> None:
+        nonlocal now
+        hall = Hall(accepted=1)
+        for _ in range(3):
+            with hall.admission.accept("a") as tenant:
+                async with hall.admission.turn(tenant, None, tokens=1):
+                    now += 0.5
+            now += 3600.0
+        with hall.admission.accept("a") as tenant:
+            async with hall.admission.turn(tenant, None, tokens=1):
+                with pytest.raises(Busy) as busy, hall.admission.accept("b"):
+                    pass
+        assert 0.1 <= busy.value.retry <= 0.5
 
     asyncio.run(run())
 
@@ -251,17 +286,19 @@ def test_adapters_of_a_tenant_and_the_base_take_turns(on_shelf: Callable[..., An
 
 
 def test_what_loads_blocks_nobody(on_shelf: Callable[..., Any]) -> None:
-    @on_shelf("a", "b", "c", slots=1)
+    @on_shelf("a", "b", "c")
     async def _(shelf: Shelf) -> None:
         hall = Hall(shelf.residency)
         await shelf.use("a")
-        shelf.store.pin("a", pinned=True)
-        waits = asyncio.create_task(hall.play(shelf.store, "b"))  # there is no room for it
+        gate = threading.Event()
+        for _ in range(LOADERS):  # loads that take their time
+            shelf.residency._workers.submit(gate.wait, 60)
+        waits = asyncio.create_task(hall.play(shelf.store, "b"))
         await asyncio.sleep(0.05)
         for name in ("a", "", "a"):
             await hall.play(shelf.store, name)
         assert hall.order == ["a", "", "a"]
-        shelf.store.pin("a", pinned=False)
+        gate.set()
         await waits
 
 
