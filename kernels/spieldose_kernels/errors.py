@@ -15,16 +15,20 @@ SpieldoseError
 MAX_BYTES = 1000  # gRPC drops a call whose metadata takes 8 KiB; what goes there is escaped, twice
 
 
+def one_line(said: object) -> str:
+    """Return what a short line can hold of a text that may come from a file or a client."""
+    text = str(said)[:MAX_BYTES]
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    if len(line.encode()) > MAX_BYTES:
+        line = line.encode()[: MAX_BYTES - 3].decode(errors="ignore") + "…"
+    return line
+
+
 class SpieldoseError(Exception):
     """Root of every error this project raises on purpose; its text is one short line."""
 
     def __init__(self, problem: object) -> None:
-        """Keep what a line can hold of a text that may quote what a file or a client said."""
-        text = str(problem)[:MAX_BYTES]
-        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-        if len(line.encode()) > MAX_BYTES:
-            line = line.encode()[: MAX_BYTES - 3].decode(errors="ignore") + "…"
-        super().__init__(line)
+        super().__init__(one_line(problem))
 
 
 class BaseError(SpieldoseError):

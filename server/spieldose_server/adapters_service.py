@@ -11,7 +11,7 @@ from spieldose_server.errors import InvalidRequest
 from spieldose_server.statuses import Context, answering
 from spieldose_server.store import AdapterStore
 
-PAGE_SIZE = 1000  # names take at most 255 bytes, reasons 1000: below gRPC's 4 MiB by far
+PAGE_SIZE = 1000  # of at most 3.3 kB each, a name and three texts: below gRPC's 4 MiB
 
 
 class AdaptersService(rpc.AdaptersServicer):
@@ -85,9 +85,9 @@ class AdaptersService(rpc.AdaptersServicer):
         """Let an adapter be evicted again."""
         async with answering(context):
             CALLER.get().check_admin()
-            version = self._store.get(_named(request.adapter_id))
-            self._store.pin(version.name, pinned=False)
-            return wire.adapter(version)
+            name, _, _ = _named(request.adapter_id).partition("@")
+            self._store.pin(name, pinned=False)  # also of a name that has no file now
+            return wire.adapter(self._store.get(request.adapter_id))
         raise AssertionError("aborted")
 
 

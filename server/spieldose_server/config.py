@@ -10,7 +10,7 @@ from spieldose_server.errors import ConfigError
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 TENANT = "spieldose-tenant"  # key of the calls' metadata that names who asks
 DIGEST_SHOWN = 12  # hex digits that tell versions apart for people, and enough to ask for one
-MESSAGE_BYTES = 64 << 20  # above any prompt limit, so that too long a prompt gets its own error
+MESSAGE_BYTES = 8 << 20  # above the prompts' limit, so that too long a one gets its own error
 LogFormat = Literal["text", "json"]
 
 

@@ -1,10 +1,10 @@
 """Answers to questions, whatever wire they come by: adapter leased, turn taken, tokens as text."""
 
-import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from spieldose_kernels.base import Base
@@ -15,6 +15,7 @@ from spieldose_server.engine import Engine
 from spieldose_server.errors import InvalidRequest
 from spieldose_server.merged import merged
 from spieldose_server.observed import Observed
+from spieldose_server.preparation import Preparation
 from spieldose_server.prompts import Prompts
 from spieldose_server.request import GenerationRequest, Prompt, Question, fit
 from spieldose_server.sampling import TokenLogprob
@@ -67,6 +68,8 @@ class Generation:
         self._engine = engine
         self._store = store
         self._admission = admission
+        self.max_prompt = engine.max_context - 1  # tokens: one has to follow
+        self._preparation = Preparation()
         self._prompts = Prompts(base.tokenizer, vocabulary=self.vocabulary, max_bytes=max_bytes)
         self._grammars = Grammars(
             base.tokenizer, vocabulary=self.vocabulary, end_ids=engine.end_ids
@@ -74,10 +77,15 @@ class Generation:
 
     async def tokens(self, adapter_id: str, field: str, prompt: Prompt) -> list[int]:
         """Return the tokens of a prompt that `field` held. Raises ServerError."""
-        if adapter_id:
-            CALLER.get().check_play(adapter_id)
-        template = _template(self._store.resolve(adapter_id) if adapter_id else None)
-        return await self._prompts.tokens(field, prompt, template=template)
+        caller = CALLER.get()
+        with self._admission.accept(caller.tenant):
+            if adapter_id:
+                caller.check_play(adapter_id)
+            template = _template(self._store.resolve(adapter_id) if adapter_id else None)
+            return await self._preparation.run(
+                caller.tenant,
+                partial(self._prompts.tokens, field, prompt, template=template),
+            )
 
     async def answers(
         self, question: Question, observed: Observed
@@ -165,16 +173,19 @@ class Generation:
 
     async def _prepare(self, question: Question, *, template: str) -> Prepared:
         """Convert and check a question. Raises InvalidRequest."""
+        prepare = partial(self._prepared, question, template=template)
+        return await self._preparation.run(CALLER.get().tenant, prepare)
+
+    def _prepared(self, question: Question, *, template: str) -> Prepared:
         field, sampling = question.field, question.sampling
-        tokens = await self._prompts.tokens(field, question.prompt, template=template)
+        tokens = self._prompts.tokens(field, question.prompt, template=template)
         limit = fit(len(tokens), sampling, max_context=self._engine.max_context, field=field)
         if max(sampling.stop_token_ids, default=0) >= self.vocabulary:
             raise InvalidRequest(
                 "sampling_params.stop_token_ids",
                 f"expected ids below {self.vocabulary}, got {max(sampling.stop_token_ids)}",
             )
-        constraint = await asyncio.to_thread(self._grammars.constraint, sampling)
-        return Prepared(tokens, template, constraint, limit)
+        return Prepared(tokens, template, self._grammars.constraint(sampling), limit)
 
 
 def _template(version: Version | None) -> str:

@@ -1,12 +1,15 @@
 """Prompts to token ids: text as it is, token ids checked, messages through a chat template."""
 
-import asyncio
 from collections.abc import Sequence
+from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
 from spieldose_server.errors import InvalidRequest
 from spieldose_server.request import ROLES, Message, Prompt
+from spieldose_server.time_limit import within
+
+TEMPLATE_SECONDS = 2.0  # of an adapter's chat template, which came with a file
 
 
 class Prompts:
@@ -19,26 +22,25 @@ class Prompts:
         self._vocabulary = vocabulary
         self._max_bytes = max_bytes
 
-    async def tokens(self, field: str, prompt: Prompt, *, template: str = "") -> list[int]:
-        """Return a prompt's tokens; `template` is Jinja, empty for the model's own.
+    def tokens(self, field: str, prompt: Prompt, *, template: str = "") -> list[int]:
+        """Return a prompt's tokens; `template` is an adapter's, empty for the model's own.
 
-        Raises InvalidRequest, naming `field`.
+        Takes its time: a second for a megabyte. Raises InvalidRequest, naming `field`.
         """
         if isinstance(prompt, str):
             self._check_size(field, prompt)
-            encoded = await asyncio.to_thread(self._tokenizer, prompt)
-            return list(encoded["input_ids"])
+            return list(self._tokenizer(prompt)["input_ids"])
         if not prompt:
             raise InvalidRequest(field, "expected at least one entry, got none")
         if isinstance(prompt[0], Message):
             turns = [message for message in prompt if isinstance(message, Message)]
-            return await self._render(field, turns, template)
+            return self._render(field, turns, template)
         tokens = [token for token in prompt if isinstance(token, int)]
         if max(tokens) >= self._vocabulary:
             raise InvalidRequest(field, f"expected ids below {self._vocabulary}, got {max(tokens)}")
         return tokens
 
-    async def _render(self, field: str, messages: Sequence[Message], template: str) -> list[int]:
+    def _render(self, field: str, messages: Sequence[Message], template: str) -> list[int]:
         for message in messages:
             if message.role not in ROLES:
                 raise InvalidRequest(
@@ -50,16 +52,15 @@ class Prompts:
                 field, "expected text or token_ids: neither model nor adapter has a chat template"
             )
         turns = [{"role": message.role, "content": message.content} for message in messages]
+        render = partial(
+            self._tokenizer.apply_chat_template,
+            turns,
+            chat_template=template or None,
+            add_generation_prompt=True,
+            return_dict=False,
+        )
         try:
-            return list(
-                await asyncio.to_thread(
-                    self._tokenizer.apply_chat_template,
-                    turns,
-                    chat_template=template or None,
-                    add_generation_prompt=True,
-                    return_dict=False,
-                )
-            )
+            return list(within(TEMPLATE_SECONDS, render) if template else render())
         except Exception as error:  # a template is a program of its own: it may raise anything
             raise InvalidRequest(field, f"the chat template refuses it: {error}") from error
 

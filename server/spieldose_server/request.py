@@ -8,6 +8,7 @@ from spieldose_server.errors import InvalidRequest
 from spieldose_server.sampling_params import SamplingParams
 
 DEFAULT_MAX_TOKENS = 256
+MAX_MESSAGES = 4096  # of one prompt
 MAX_REQUEST_ID = 128  # characters; every chunk carries it
 ROLES = ("system", "user", "assistant")
 
@@ -81,8 +82,13 @@ def fit(prompt_tokens: int, sampling: SamplingParams, *, max_context: int, field
         raise InvalidRequest(
             field, f"expected at most {max_context - 1} tokens, got {prompt_tokens}"
         )
+    if sampling.min_tokens > room:
+        raise InvalidRequest(
+            "sampling_params.min_tokens",
+            f"expected at most {room} after a prompt of {prompt_tokens}, got {sampling.min_tokens}",
+        )
     if sampling.max_tokens is None:
-        return min(DEFAULT_MAX_TOKENS, room)
+        return min(max(DEFAULT_MAX_TOKENS, sampling.min_tokens), room)
     if sampling.max_tokens > room:
         raise InvalidRequest(
             "sampling_params.max_tokens",

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+MIN_TEMPERATURE = 1e-5
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
@@ -35,7 +37,8 @@ def perturb(
     temperature, then top-k, then top-p, then min-p.
     """
     greedy = (temperature == 0)[:, None]
-    scores = logits / torch.where(greedy, 1.0, temperature[:, None])
+    # any lower, logits would overflow
+    scores = logits / torch.where(greedy, 1.0, temperature.clamp(min=MIN_TEMPERATURE)[:, None])
     ranked, order = scores.sort(dim=-1, descending=True)
     rank = torch.arange(logits.shape[1], device=logits.device)
     ranked = ranked.masked_fill((rank >= top_k[:, None]) & (top_k > 0)[:, None], -torch.inf)

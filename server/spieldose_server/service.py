@@ -35,7 +35,7 @@ class InferenceService(rpc.InferenceServicer):
             with self._observer.request(
                 WIRE, request.request_id, carrier, seconds=left
             ) as observed:
-                question = wire.question(request)
+                question = wire.question(request, max_tokens=self._generation.max_prompt)
                 async with aclosing(self._generation.answers(question, observed)) as events:
                     async for event in events:
                         yield wire.response(question.id, event)
@@ -43,7 +43,7 @@ class InferenceService(rpc.InferenceServicer):
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         """Return the tokens Generate would see."""
         async with answering(context):
-            field, prompt = wire.prompt(request)
+            field, prompt = wire.prompt(request, max_tokens=self._generation.max_prompt)
             tokens = await self._generation.tokens(request.adapter_id, field, prompt)
             return pb.TokenizeResponse(token_ids=tokens)
         raise AssertionError("aborted")

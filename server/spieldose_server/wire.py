@@ -1,14 +1,18 @@
 """What the contract's messages say, in the server's own terms, and back."""
 
 import secrets
+from collections.abc import Sized
 
+from spieldose_kernels.errors import one_line
 from spieldose_proto import inference_pb2 as pb
 from spieldose_server.errors import InvalidRequest
 from spieldose_server.generation import Completed, Piece
-from spieldose_server.request import Message, Prompt, Question
+from spieldose_server.request import MAX_MESSAGES, Message, Prompt, Question
 from spieldose_server.sampling import TokenLogprob
-from spieldose_server.sampling_params import SamplingParams
+from spieldose_server.sampling_params import MAX_STOP_STRINGS, MAX_STOP_TOKENS, SamplingParams
 from spieldose_server.versions import State, Version
+
+MAX_LISTED = max(MAX_STOP_STRINGS, MAX_STOP_TOKENS)
 
 STATES = {
     State.FOUND: pb.ADAPTER_STATE_FOUND,
@@ -25,7 +29,7 @@ def sampling(message: pb.SamplingParams) -> SamplingParams:
     given = {field.name: value for field, value in message.ListFields()}
     for name in ("stop", "stop_token_ids"):
         if name in given:
-            given[name] = tuple(given[name])
+            given[name] = tuple(given[name][: MAX_LISTED + 1])  # one too many is refused already
     return SamplingParams(**given)
 
 
@@ -34,23 +38,36 @@ def logprob(found: TokenLogprob) -> pb.TokenLogprob:
     return pb.TokenLogprob(logprob=found.logprob, likeliest=likeliest)
 
 
-def prompt(request: pb.GenerateRequest | pb.TokenizeRequest) -> tuple[str, Prompt]:
-    """Return the prompt and the name of its field. Raises InvalidRequest."""
+def prompt(
+    request: pb.GenerateRequest | pb.TokenizeRequest, *, max_tokens: int
+) -> tuple[str, Prompt]:
+    """Return the prompt and the name of its field. Raises InvalidRequest.
+
+    Counts before it converts: millions of empty entries fit into a message, and everybody would
+    wait for them.
+    """
     match field := request.WhichOneof("prompt"):
         case "text":
             if not request.text:
                 raise InvalidRequest(field, "expected a prompt, got an empty one")
             return field, request.text
         case "token_ids" if isinstance(request, pb.GenerateRequest):
+            _check_count(field, request.token_ids.ids, max_tokens, "tokens")
             return field, list(request.token_ids.ids)
         case "messages":
+            _check_count(field, request.messages.messages, MAX_MESSAGES, "messages")
             return field, [Message(m.role, m.content) for m in request.messages.messages]
     raise InvalidRequest("prompt", "expected one of text, token_ids or messages, got none")
 
 
-def question(request: pb.GenerateRequest) -> Question:
-    """Return what a request asks for. Raises InvalidRequest."""
-    field, asked = prompt(request)
+def _check_count(field: str, entries: Sized, limit: int, what: str) -> None:
+    if len(entries) > limit:
+        raise InvalidRequest(field, f"expected at most {limit} {what}, got {len(entries)}")
+
+
+def question(request: pb.GenerateRequest, *, max_tokens: int) -> Question:
+    """Return what a request asks for; a prompt has `max_tokens` at most. Raises InvalidRequest."""
+    field, asked = prompt(request, max_tokens=max_tokens)
     return Question(
         id=request.request_id or secrets.token_hex(8),
         adapter_id=request.adapter_id,
@@ -91,8 +108,8 @@ def adapter(version: Version) -> pb.Adapter:
         digest=version.digest,
         state=STATES[version.state],
         reason=version.reason,
-        method=info.method if info else "",
-        description=info.description if info else "",
+        method=one_line(info.method) if info else "",
+        description=one_line(info.description) if info else "",
         density=info.density if info else 0.0,
         nnz=description.nnz if description else 0,
         memory_bytes=version.nbytes,

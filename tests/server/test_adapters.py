@@ -3,8 +3,10 @@
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import torch
 from spieldose_kernels.delta import Adapter
 from spieldose_kernels.delta_file import write_delta
 from spieldose_proto import inference_pb2 as pb
+from spieldose_server.adapters_service import PAGE_SIZE
 from spieldose_server.client import ClientError
 
 from ..conftest import Running, eventually
@@ -28,6 +31,22 @@ def test_a_file_dropped_in_is_served(running: Running, make_adapter: MakeAdapter
     write_delta(running.directory / "new.safetensors", make_adapter(9))
     eventually(lambda: running.state("new") == "resident")
     assert running.client.generate("x", adapter="new").adapter.startswith("new@")
+
+
+def test_a_directory_that_cannot_be_watched_is_looked_at_every_second(
+    serve_tiny: Callable[..., Iterator[Running]],
+    tmp_path: Path,
+    make_adapter: MakeAdapter,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def too_many(*_: object, **__: object) -> None:
+        raise RuntimeError("Too many open files")  # as of inotify's instances
+
+    monkeypatch.setattr("spieldose_server.directory.awatch", too_many)
+    with contextmanager(serve_tiny)(tmp_path) as running:
+        write_delta(tmp_path / "a1.safetensors", make_adapter(1))
+        eventually(lambda: running.state("a1") == "resident")
+        assert running.client.generate("x", adapter="a1", sampling=SHORT).token_ids
 
 
 def test_a_file_being_written_is_not_touched_until_it_is_complete(
@@ -58,6 +77,18 @@ def test_adapters_are_listed_in_pages_that_part_no_names_versions(
             for page in pages(running, size):
                 assert len(page) <= size + 1
                 assert len({name for name, _ in page} & {"a2"}) * 2 <= len(page)
+
+
+def test_a_page_of_long_descriptions_fits_into_a_message_of_grpcs_own_limit(
+    running: Running, make_adapter: MakeAdapter
+) -> None:
+    adapter = make_adapter(5)
+    info = replace(adapter.info, description="long\n" * 400, method="m" * 2_000)
+    write_delta(running.directory / "wordy.safetensors", Adapter(info, adapter.modules))
+    eventually(lambda: running.state("wordy"))
+    shown = running.client.adapter("wordy")
+    assert shown.ByteSize() * PAGE_SIZE < 4 << 20
+    assert shown.description.startswith("long\\nlong") and shown.method.startswith("mmm")
 
 
 def pages(running: Running, size: int) -> list[list[tuple[str, str]]]:
@@ -196,6 +227,19 @@ def test_pin_and_unpin(running: Running) -> None:
         with pytest.raises(ClientError) as caught:
             method("nobody")
         assert caught.value.code == grpc.StatusCode.NOT_FOUND
+
+
+def test_a_pin_is_taken_back_even_if_its_file_is_gone(
+    running: Running, make_adapter: MakeAdapter
+) -> None:
+    running.admin.pin("a1")
+    (running.directory / "a1.safetensors").unlink()
+    eventually(lambda: not running.state("a1"))
+    with pytest.raises(ClientError, match="NOT_FOUND"):
+        running.admin.unpin("a1")
+    write_delta(running.directory / "a1.safetensors", make_adapter(1))
+    eventually(lambda: running.state("a1"))
+    assert not running.client.adapter("a1").pinned
 
 
 def test_watching_shows_an_adapter_come_and_go(running: Running, make_adapter: MakeAdapter) -> None:

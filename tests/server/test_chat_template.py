@@ -2,11 +2,13 @@
 
 import hashlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from spieldose_kernels.delta import Adapter
@@ -108,6 +110,26 @@ def test_a_template_that_refuses_a_conversation_says_so(running: Running, write:
     with pytest.raises(ClientError, match=r"INVALID_ARGUMENT: messages: .*no such thing, please"):
         running.client.generate(MESSAGES, adapter="a", sampling=SHORT)
     assert running.client.generate("x", adapter="a", sampling=SHORT).adapter.startswith("a@")
+
+
+def test_a_template_without_end_is_ended_and_others_are_rendered(
+    running: Running, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("spieldose_server.prompts.TEMPLATE_SECONDS", 0.5)
+    endless = (
+        "{% for i in range(99999) %}{% for j in range(99999) %}{{ i }}{% endfor %}{% endfor %}"
+    )
+    write("endless", endless)
+    write("a", "A:{{ messages[0]['content'] }}>")
+    with ThreadPoolExecutor(20) as pool:
+        asked = [pool.submit(tokens, running, "endless") for _ in range(20)]
+        assert tokens(running, "a")
+        assert running.client.generate("x", sampling=SHORT).token_ids
+        for each in asked:
+            with pytest.raises(grpc.RpcError) as caught:
+                each.result()
+            assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+            assert "expected an end within 0.5 s" in caught.value.details()
 
 
 @pytest.mark.parametrize(

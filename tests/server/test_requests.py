@@ -10,6 +10,7 @@ from grpc_status import rpc_status
 
 from spieldose_proto import inference_pb2 as pb
 from spieldose_server.client import Client, ClientError
+from spieldose_server.request import DEFAULT_MAX_TOKENS, MAX_MESSAGES
 
 from ..conftest import Running, eventually
 
@@ -23,11 +24,18 @@ MAX_CONTEXT = 512
         ("text", pb.GenerateRequest(text="")),
         ("text", pb.GenerateRequest(text="x" * MAX_CONTEXT)),
         ("text", pb.GenerateRequest(text="x" * (2 << 20))),
-        ("text", pb.GenerateRequest(text="x" * (20 << 20))),
+        ("text", pb.GenerateRequest(text="x" * (7 << 20))),
         ("token_ids", pb.GenerateRequest(token_ids=pb.TokenIds())),
         ("token_ids", pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1, 100_000]))),
         ("token_ids", pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1] * MAX_CONTEXT))),
+        ("token_ids", pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1] * 2_000_000))),
         ("messages", pb.GenerateRequest(messages=pb.ChatMessages())),
+        (
+            "messages",
+            pb.GenerateRequest(
+                messages=pb.ChatMessages(messages=[pb.ChatMessage()] * (MAX_MESSAGES + 1))
+            ),
+        ),
         (
             "messages",
             pb.GenerateRequest(
@@ -53,6 +61,9 @@ MAX_CONTEXT = 512
                 ("stop", [""]),
                 ("stop", [str(i) for i in range(17)]),
                 ("stop", ["é\n" * 100_000, ""]),
+                ("stop", ["x"] * 500_000),
+                ("stop_token_ids", [1] * 500_000),
+                ("min_tokens", MAX_CONTEXT),
             ]
         ),
     ],
@@ -88,6 +99,11 @@ def test_a_refused_request_disturbs_no_running_one(running: Running) -> None:
             with pytest.raises(ClientError):
                 running.client.generate("")
     assert stream.result().token_ids == alone.token_ids
+
+
+def test_min_tokens_alone_is_kept_beyond_the_default_of_max_tokens(running: Running) -> None:
+    asked = pb.SamplingParams(min_tokens=DEFAULT_MAX_TOKENS + 10)
+    assert len(running.client.generate("x", sampling=asked).token_ids) == DEFAULT_MAX_TOKENS + 10
 
 
 def test_max_tokens_ends_with_length(running: Running) -> None:

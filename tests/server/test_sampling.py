@@ -20,6 +20,13 @@ def test_temperature_0_keeps_the_logits() -> None:
     assert torch.equal(scores(logits, temperature=0.0, top_k=5, top_p=0.5), logits)
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-37, 1e-45])
+def test_a_temperature_next_to_0_takes_the_likeliest_token(temperature: float) -> None:
+    logits = torch.randn(3, VOCABULARY) * 30
+    got = scores(logits, temperature=temperature, top_k=0, top_p=1.0)
+    assert torch.equal(got.argmax(1), logits.argmax(1))
+
+
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7])
 @pytest.mark.parametrize("top_k", [0, 1, 7, VOCABULARY, 1000])
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.3, 1e-6])
