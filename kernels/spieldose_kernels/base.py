@@ -52,7 +52,7 @@ def load_base(
     directory = find_checkpoint(name)
     try:
         config = AutoConfig.from_pretrained(directory)
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer = load_tokenizer(directory)
         arguments: dict[str, Any] = {}
         if quantised and getattr(config, "quantization_config", None) is None:
             arguments["quantization_config"] = _nf4(compute_dtype)
@@ -74,10 +74,21 @@ def load_base(
     return Base(model.eval().requires_grad_(False), tokenizer, spec, layers)
 
 
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a checkpoint. Raises BaseError."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
+    except Exception as error:  # tokenizers raises no narrower type
+        raise BaseError(f"expected a tokenizer at {directory}, got: {first_line(error)}") from error
+    return tokenizer
+
+
 def pick_device(name: str) -> torch.device:
-    """Return the device of that name; "auto" is CUDA when there is one."""
+    """Return the device of that name; "auto" is CUDA when there is one. Raises BaseError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    elif name == "cuda" and not torch.cuda.is_available():
+        raise BaseError("device: expected a CUDA device that PyTorch can use, got none")
     return torch.device(name)
 
 

@@ -60,8 +60,10 @@ def flags(path: Path) -> list[str]:
 
 def checked(config: ServerConfig) -> str:
     """Return what a server of these settings would serve. Raises BaseError or ConfigError."""
-    from spieldose_kernels.checkpoint import hub_name, target_shapes  # heavy
+    from spieldose_kernels.base import pick_device  # heavy
+    from spieldose_kernels.checkpoint import hub_name, target_shapes
 
+    pick_device(config.device)
     if config.access:
         Access(Path(config.access))
     Certificates.of(config)

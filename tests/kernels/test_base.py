@@ -1,5 +1,7 @@
 """The base is NF4 whatever checkpoint it comes from, and is known by its content."""
 
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from huggingface_hub import constants
 from transformers import LlamaForCausalLM
 
-from spieldose_kernels.base import Base, dense_weight, load_base
+from spieldose_kernels.base import Base, dense_weight, load_base, load_tokenizer, pick_device
 from spieldose_kernels.base_spec import fingerprint_checkpoint
 from spieldose_kernels.errors import BaseError
 
@@ -180,6 +182,36 @@ def test_a_broken_checkpoint_is_refused(tiny_directory: Path, tmp_path: Path) ->
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     assert str(tmp_path) in refused(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer.json", None),  # ValueError
+        ("tokenizer.json", ""),  # JSONDecodeError
+        ("tokenizer.json", "{}"),  # KeyError
+        ("tokenizer.json", "[]"),  # TypeError
+        ("tokenizer_config.json", "[]"),  # AttributeError
+    ],
+)
+def test_a_broken_tokenizer_is_refused(
+    tiny_directory: Path, tmp_path: Path, file: str, content: str | None
+) -> None:
+    directory = tmp_path / "base"
+    shutil.copytree(tiny_directory, directory)
+    (directory / file).unlink()
+    if content is not None:
+        (directory / file).write_text(content)
+    said = f"expected a tokenizer at {directory}, got: "
+    assert said in refused(str(directory))
+    with pytest.raises(BaseError, match=re.escape(said)):
+        load_tokenizer(directory)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_a_device_is_refused() -> None:
+    with pytest.raises(BaseError, match=r"^device: expected a CUDA device .*, got none$"):
+        pick_device("cuda")
 
 
 def load(

@@ -6,8 +6,10 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
+import torch
 import tyro
 
+from spieldose_kernels.errors import BaseError
 from spieldose_server.command_line import serve
 from spieldose_server.config import ServerConfig
 from spieldose_server.config_file import ServeArguments, template, with_file
@@ -114,3 +116,10 @@ def test_check_serves_nothing(
 ) -> None:
     serve(["--base", str(tiny_directory), "--adapters", str(tmp_path), "--check"])
     assert "the settings are right" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_check_says_that_there_is_no_cuda_device(tiny_directory: Path, tmp_path: Path) -> None:
+    words = ["--base", str(tiny_directory), "--adapters", str(tmp_path), "--device", "cuda"]
+    with pytest.raises(BaseError, match=r"^device: expected a CUDA device .*, got none$"):
+        serve([*words, "--check"])

@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from spieldose_kernels.errors import SpieldoseError
+from spieldose_kernels.errors import BaseError, SpieldoseError
 from spieldose_trainer import command_line, trainer
 from spieldose_trainer.checkpoints import newest_checkpoint
 from spieldose_trainer.errors import CheckpointError, ConfigError, DataError, NonFiniteLoss
@@ -305,6 +305,24 @@ def test_data_that_cannot_be_used_is_refused_before_the_base_is_loaded(
         Trainer(configure(max_length=64, method="fisher", **{field: bad}))
     assert str(error.value).startswith(f"{bad}{said}")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.usefixtures("not_loaded")
+def test_a_broken_tokenizer_is_refused_before_the_base_is_loaded(
+    configure: Configure, tiny_directory: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_directory, base)
+    (base / "tokenizer.json").write_text("{}")
+    with pytest.raises(BaseError, match=rf"^expected a tokenizer at {base}, got: "):
+        Trainer(configure(base=str(base)))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.usefixtures("not_loaded")
+def test_cuda_without_a_device_is_refused_before_the_base_is_loaded(configure: Configure) -> None:
+    with pytest.raises(BaseError, match=r"^device: expected a CUDA device .*, got none$"):
+        Trainer(configure(device="cuda"))
 
 
 @pytest.mark.usefixtures("not_loaded")

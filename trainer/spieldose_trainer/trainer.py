@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 from torch.utils.tensorboard import SummaryWriter
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from spieldose_kernels.base import Base, load_base, pick_compute_dtype, pick_device
+from spieldose_kernels.base import Base, load_base, load_tokenizer, pick_compute_dtype, pick_device
 from spieldose_kernels.checkpoint import find_checkpoint, target_shapes
 from spieldose_kernels.delta import Adapter
 from spieldose_kernels.delta_file import read_delta, write_delta
@@ -64,7 +64,7 @@ class Trainer:
         self._checkpoint = _checkpoint_to_resume(config)
         directory = find_checkpoint(config.base)
         shapes = select_modules(target_shapes(directory), config.modules)
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer = load_tokenizer(directory)
         self._template = _read_template(config.chat_template)
         tokenizer.chat_template = self._template or tokenizer.chat_template
         self.examples = _read(config, config.data, tokenizer)
