@@ -270,6 +270,11 @@ def test_resuming_at_another_density_is_refused(
         ("epochs", 0.0),
         ("max_steps", 0),
         ("weight_decay", -1.0),
+        ("weight_decay", float("inf")),
+        ("seed", -1),
+        ("seed", 1 << 32),
+        ("batch_size", 10**30),
+        ("epochs", 1e308),
         ("reselect_every", 2),
     ],
 )

@@ -17,6 +17,7 @@ from spieldose_trainer.methods import (
     check_pair,
 )
 
+LARGEST = (1 << 31) - 1  # of what is counted: products of two such numbers still fit 64 bits
 SPIEL = ("gradients", "momentum")  # the selectors that replace a falling share of the support
 
 
@@ -179,9 +180,11 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "batch_size accumulation max_length selection_steps checkpoint_every max_steps "
         "eval_every patience reselect_every fisher_samples rank",
-        lambda x: x >= 1,
-        "at least 1",
+        lambda x: 1 <= x <= LARGEST,
+        f"between 1 and {LARGEST}",
     ),
-    ("epochs epsilon clip", lambda x: 0 < x < float("inf"), "positive and finite"),
-    ("weight_decay", lambda x: x >= 0, "0 or more"),
+    ("epochs", lambda x: 0 < x <= 1e6, "positive and at most a million"),
+    ("epsilon clip", lambda x: 0 < x < float("inf"), "positive and finite"),
+    ("weight_decay", lambda x: 0 <= x < float("inf"), "0 or more, and finite"),
+    ("seed", lambda x: 0 <= x < 1 << 32, "between 0 and 4294967295"),  # NumPy's
 )
