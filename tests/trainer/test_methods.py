@@ -99,6 +99,20 @@ def test_what_would_have_no_effect_is_refused(
         configure(method=method, **{field: value})
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"chunk": 0}, "chunk must be between"),
+        ({"kept": 1024}, "kept must be at least 1 and below"),
+    ],
+)
+def test_a_compression_that_cannot_be_is_no_configuration(
+    configure: Configure, changes: dict[str, int], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"^{said}"):
+        configure(method="sgc", **changes)
+
+
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "zo"])
 def test_a_method_lowers_the_loss(configure: Configure, method: MethodName) -> None:
     losses = run(configure(method=method, max_steps=12, rank=8, fisher_samples=4)).losses

@@ -86,6 +86,8 @@ def test_the_matrix_follows_from_its_seed() -> None:
     [
         ({"kept": 0}, "kept must be at least 1 and below the chunk's 1024 weights, got 0"),
         ({"chunk": 4}, "kept must be at least 1 and below the chunk's 4 weights, got 4"),
+        ({"chunk": 0}, "chunk must be between 2 and 16384, got 0"),
+        ({"chunk": 999999999999}, "chunk must be between 2 and 16384, got 999999999999"),
         ({"measurements": 3}, r"measurements must be between kept \(4\) and chunk \(1024\), got 3"),
         ({"rank": 0}, "rank must be at least 1, got 0"),
         ({"refresh": 0}, "refresh must be at least 1, got 0"),

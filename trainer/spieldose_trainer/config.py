@@ -16,6 +16,7 @@ from spieldose_trainer.methods import (
     UpdaterName,
     check_pair,
 )
+from spieldose_trainer.updaters.compression import Compression
 
 LARGEST = (1 << 31) - 1  # of what is counted: products of two such numbers still fit 64 bits
 SPIEL = ("gradients", "momentum")  # the selectors that replace a falling share of the support
@@ -104,6 +105,8 @@ class TrainConfig:
                 value = getattr(self, name)
                 if value is not None and not is_right(value):
                     raise ConfigError(f"{name} must be {expected}, got {value}")
+        if choice.updater == "compressed-adam":
+            _ = self.compression  # raises what is wrong with it
         if choice.selector in SPIEL and choice.reselect_every <= self.selection_steps:
             raise ConfigError(
                 f"reselect_every must exceed selection_steps ({self.selection_steps}), "
@@ -157,6 +160,16 @@ class TrainConfig:
                 LEARNING_RATES[updater] if self.learning_rate is None else self.learning_rate
             ),
             reselect_every=self.reselect_every or PERIODS.get(selector, 1),
+        )
+
+    @property
+    def compression(self) -> Compression:
+        """Return how compressed Adam keeps gradients and moments."""
+        return Compression(
+            chunk=self.chunk,
+            kept=self.kept,
+            rank=self.rank if self.sgc_variant == "cesgc" else None,
+            seed=self.seed,
         )
 
     def settings(self) -> dict[str, str]:

@@ -26,7 +26,6 @@ from spieldose_trainer.selectors.schedule import RefreshSchedule, ReselectionSch
 from spieldose_trainer.selectors.selector import Selector
 from spieldose_trainer.updaters.adamw import SparseAdamW
 from spieldose_trainer.updaters.compressed_adam import CompressedAdam
-from spieldose_trainer.updaters.compression import Compression
 from spieldose_trainer.updaters.sm3 import SM3
 from spieldose_trainer.updaters.updater import Updater
 from spieldose_trainer.updaters.zeroth_order import ZerothOrder
@@ -76,11 +75,7 @@ def make_updater(config: TrainConfig, layers: dict[str, TrainableDelta]) -> Upda
                 seed=config.seed,
             )
         case "compressed-adam":
-            rank = config.rank if config.sgc_variant == "cesgc" else None
-            compression = Compression(
-                chunk=config.chunk, kept=config.kept, rank=rank, seed=config.seed
-            )
-            return CompressedAdam(layers, lr=lr, compression=compression, weight_decay=decay)
+            return CompressedAdam(layers, lr=lr, compression=config.compression, weight_decay=decay)
 
 
 def make_selector(

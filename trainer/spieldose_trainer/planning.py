@@ -25,7 +25,6 @@ from spieldose_trainer.sizes import (
     gathered_bytes,
     moment_bytes,
 )
-from spieldose_trainer.updaters.compression import Compression
 
 Sizes = Mapping[str, tuple[int, int, int]]  # R, C and Z by layer
 
@@ -56,7 +55,6 @@ def make_plan(config: TrainConfig) -> Plan:
     value = tensor_bytes(delta.values for delta in deltas)
     gradient = 0 if choice.updater == "zeroth-order" else value
     step = _pass_bytes(config, base, sizes, batch_size=config.batch_size, backward=gradient > 0)
-    compression = _compression(config)
     on_cpu = device.type == "cpu"
     return Plan(
         kinds=_kinds(sizes),
@@ -72,7 +70,8 @@ def make_plan(config: TrainConfig) -> Plan:
         position=tensor_bytes(list(delta.buffers()) for delta in deltas),
         gradient=gradient,
         moments=sum(
-            moment_bytes(choice.updater, *size, compression=compression) for size in sizes.values()
+            moment_bytes(choice.updater, *size, compression=config.compression)
+            for size in sizes.values()
         ),
         selection=sum(_selection_bytes(config, *size) for size in sizes.values()),
         step=None if step is None else step - gradient,
@@ -86,11 +85,6 @@ def _count(choice: Choice, height: int, width: int) -> int:
     if choice.selector == "row-topk":
         return height * entries(choice.density, width)
     return entries(choice.density, height * width)
-
-
-def _compression(config: TrainConfig) -> Compression:
-    rank = config.rank if config.sgc_variant == "cesgc" else None
-    return Compression(chunk=config.chunk, kept=config.kept, rank=rank)
 
 
 def _pass_bytes(
@@ -130,7 +124,7 @@ def _selection_bytes(config: TrainConfig, height: int, width: int, count: int) -
                 normalised=config.growth == "correlation",
             )
         case "largest":
-            return gathered_bytes(height, width, _compression(config))
+            return gathered_bytes(height, width, config.compression)
         case _:
             return 0
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from spieldose_trainer.errors import ConfigError
 
+LARGEST_CHUNK = 1 << 14  # projected to as many numbers at most, by a matrix of 1 GiB then
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compression:
@@ -18,6 +20,8 @@ class Compression:
     refresh: int = 200  # updates a low-rank projection serves for
 
     def __post_init__(self) -> None:
+        if not 2 <= self.chunk <= LARGEST_CHUNK:
+            raise ConfigError(f"chunk must be between 2 and {LARGEST_CHUNK}, got {self.chunk}")
         if not 1 <= self.kept < self.chunk:
             raise ConfigError(
                 f"kept must be at least 1 and below the chunk's {self.chunk} weights, "
