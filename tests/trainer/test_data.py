@@ -173,6 +173,14 @@ def test_a_unicode_line_separator_inside_a_string_does_not_end_the_line(
             json.dumps({"messages": [{"role": "user", "content": ["Hi"]}, CHAT[-1]]}),
             r'expected the `content` of message 1 to be a string, got \["Hi"\]',
         ),
+        (
+            r'{"prompt": "a\ud83d", "completion": "b"}',
+            "expected `prompt` to be Unicode text, got half of a character in it$",
+        ),
+        (
+            json.dumps({"messages": [{"role": "user", "content": "\udc00"}, CHAT[-1]]}),
+            "expected the `content` of message 1 to be Unicode text, got half of a character",
+        ),
     ],
 )
 def test_an_unusable_line_is_named_with_what_was_expected(

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,6 +33,13 @@ def test_five_lines_train_an_adapter(configure: Configure) -> None:
     file = trainer.save()
     assert file == result.file == asked.out and len(result.losses) == 2
     assert read_delta(file.read_bytes()).info.method == "spiel-ag"
+
+
+def test_paths_may_be_strings(configure: Configure) -> None:
+    paths = {name: str(getattr(configure(), name)) for name in ("data", "out")}
+    paths |= dict.fromkeys(("eval_data", "fisher_data", "chat_template"), "a")
+    config = configure(method="fisher", **paths)
+    assert all(getattr(config, name) == Path(path) for name, path in paths.items())
 
 
 def test_a_base_that_is_already_there_is_trained_over(

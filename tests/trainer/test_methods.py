@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -85,6 +86,24 @@ def test_an_unknown_name_is_refused_with_the_known_ones(
 ) -> None:
     with pytest.raises(ConfigError, match=rf"^{field} must be one of \w.*, \w.*, got {value}$"):
         configure(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"description": "sums\n"}, r"description must be one line, got sums\n"),
+        ({"description": "a\u2028b"}, r"description must be one line, got a\u2028b"),
+        ({"description": "\udcff"}, r"description must be Unicode text, got \udcff"),
+        ({"data": Path("\udcff.jsonl")}, r"data must be Unicode text, got \udcff.jsonl"),
+        ({"base": "\udcff"}, r"base must be Unicode text, got \udcff"),
+    ],
+)
+def test_what_a_file_cannot_keep_as_text_is_refused(
+    configure: Configure, changes: dict[str, object], said: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        configure(**changes)
+    assert str(error.value) == said
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from spieldose_trainer.methods import (
     UpdaterName,
     check_pair,
 )
+from spieldose_trainer.text import check_line, check_text
 from spieldose_trainer.updaters.compression import Compression
 
 LARGEST = (1 << 31) - 1  # of what is counted: products of two such numbers still fit 64 bits
@@ -97,6 +98,7 @@ class TrainConfig:
     description: str = ""  # one line about the adapter, kept in its file
 
     def __post_init__(self) -> None:
+        self._take_paths()
         self._check_names()
         choice = self.choice
         check_pair(choice.selector, choice.updater)
@@ -105,6 +107,9 @@ class TrainConfig:
                 value = getattr(self, name)
                 if value is not None and not is_right(value):
                     raise ConfigError(f"{name} must be {expected}, got {value}")
+        for name, words in self.settings().items():
+            check_text(name, words)
+        check_line("description", self.description)
         if choice.updater == "compressed-adam":
             _ = self.compression  # raises what is wrong with it
         if choice.selector in SPIEL and choice.reselect_every <= self.selection_steps:
@@ -120,6 +125,13 @@ class TrainConfig:
             raise ConfigError(f"clip limits a gradient that updater {choice.updater} does not use")
         if self.gradient_checkpointing and choice.updater == "zeroth-order":
             raise ConfigError("gradient_checkpointing is for backward: zeroth-order has none")
+
+    def _take_paths(self) -> None:
+        """Take paths as str, too; type checkers, as tyro, know them as Path only."""
+        for name, hint in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if Path in (hint, *get_args(hint)) and isinstance(value, str):
+                object.__setattr__(self, name, Path(value))
 
     def _check_names(self) -> None:
         """Raise ConfigError for a name that is not among those its setting knows."""

@@ -3,6 +3,8 @@
 import json
 from typing import Any
 
+from spieldose_trainer.text import is_text
+
 ROLES = ("system", "user", "assistant")  # what a served request may have, too
 
 Messages = list[dict[str, str]]  # of `role` and `content`, the assistant's last
@@ -15,8 +17,7 @@ def pair_of(record: Any) -> tuple[str, str]:
             f"expected `prompt` and `completion` alone, or `messages` alone, got {_shown(record)}"
         )
     for name, text in record.items():
-        if not isinstance(text, str) or not text:
-            raise ValueError(f"expected `{name}` to be a non-empty string, got {_shown(text)}")
+        _check_string(f"`{name}`", text, may_be_empty=False)
     return record["prompt"], record["completion"]
 
 
@@ -46,9 +47,15 @@ def _check_message(message: Any, *, name: str) -> None:
         raise ValueError(
             f"expected {name} to have a role of {', '.join(ROLES)}, got {_shown(role)}"
         )
-    if not isinstance(content, str) or (role == "assistant" and not content):
-        kind = "a non-empty string" if role == "assistant" else "a string"
-        raise ValueError(f"expected the `content` of {name} to be {kind}, got {_shown(content)}")
+    _check_string(f"the `content` of {name}", content, may_be_empty=role != "assistant")
+
+
+def _check_string(name: str, value: Any, *, may_be_empty: bool) -> None:
+    if not isinstance(value, str) or not (value or may_be_empty):
+        kind = "a string" if may_be_empty else "a non-empty string"
+        raise ValueError(f"expected {name} to be {kind}, got {_shown(value)}")
+    if not is_text(value):
+        raise ValueError(f"expected {name} to be Unicode text, got half of a character in it")
 
 
 def _shown(value: Any) -> str:

@@ -83,6 +83,7 @@ def test_settings_that_name_no_known_format_are_refused(
         (None, "No such file"),
         ("{", "expected PEFT's settings in"),
         ("[]", "expected a JSON object, got list"),
+        (r'{"a": "\ud800"}', "expected Unicode text, got half of a character"),
     ],
 )
 def test_settings_that_cannot_be_read_are_refused(
@@ -110,6 +111,16 @@ def test_a_delta_file_needs_its_ending(tiny_directory: Path, tmp_path: Path) -> 
     write_sft(tmp_path / "sft")
     with pytest.raises(ConfigError, match=r"out must end in \.safetensors, got"):
         convert([str(tmp_path / "sft"), str(tmp_path / "out"), "--base", str(tiny_directory)])
+
+
+@pytest.mark.parametrize("description", ["a\nb", "\udcff"])
+def test_a_description_is_one_line_of_text(
+    tiny_directory: Path, tmp_path: Path, description: str
+) -> None:
+    write_sft(tmp_path / "sft")
+    words = [str(tmp_path / "sft"), str(tmp_path / "o.safetensors"), "--base", str(tiny_directory)]
+    with pytest.raises(ConfigError, match=r"^description must be "):
+        convert([*words, "--description", description])
 
 
 def test_where_nothing_can_be_written_is_said(tiny_directory: Path, tmp_path: Path) -> None:

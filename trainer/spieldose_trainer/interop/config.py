@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from spieldose_trainer.errors import ConfigError
+from spieldose_trainer.text import check_line, check_text
 
 Format = Literal["delta", "shira"]
 Allocation = Literal["layer", "global"]
@@ -30,6 +31,8 @@ class ConvertConfig:
     description: str = ""  # one line about an adapter of PEFT's, kept in its delta file
 
     def __post_init__(self) -> None:
+        check_text("base", self.base)
+        check_line("description", self.description)
         if not self.source.exists():
             raise ConfigError(
                 f"source must be the directory of a PEFT adapter or a delta file, got {self.source}"
@@ -59,6 +62,9 @@ class ExtractConfig:
     description: str = ""  # one line about the adapter, kept in its file
 
     def __post_init__(self) -> None:
+        check_text("base", self.base)
+        check_text("finetuned", self.finetuned)
+        check_line("description", self.description)
         _check_delta_name(self.out)
         if not 0 < self.density <= 1:
             raise ConfigError(f"density must be above 0 and at most 1, got {self.density}")

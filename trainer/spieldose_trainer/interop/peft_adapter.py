@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from spieldose_trainer.errors import ConversionError
+from spieldose_trainer.text import is_text
 
 CONFIG: Final = "adapter_config.json"
 SAFETENSORS: Final = "adapter_model.safetensors"
@@ -83,6 +84,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ConversionError(f"expected PEFT's settings in {path}, got: {error}") from error
     if not isinstance(config, dict):
         raise ConversionError(f"{path}: expected a JSON object, got {type(config).__name__}")
+    if not is_text(json.dumps(config, ensure_ascii=False)):
+        raise ConversionError(f"{path}: expected Unicode text, got half of a character")
     return config
 
 
