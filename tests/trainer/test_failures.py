@@ -1,6 +1,7 @@
 """A run that fails says why in one line and loses nothing that a checkpoint held."""
 
 import importlib
+import json
 import os
 import re
 import resource
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback
 
 from spieldose_kernels.errors import BaseError, SpieldoseError
 from spieldose_trainer import command_line, trainer
@@ -305,6 +306,52 @@ def test_data_that_cannot_be_used_is_refused_before_the_base_is_loaded(
         Trainer(configure(max_length=64, method="fisher", **{field: bad}))
     assert str(error.value).startswith(f"{bad}{said}")
     assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def small_base(tiny_directory: Path, tmp_path: Path) -> str:
+    """The tiny model with 16 positions, and a token that it has no embedding for."""
+    base = tmp_path / "small"
+    shutil.copytree(tiny_directory, base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 16}))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["<|new|>"])
+    tokenizer.pad_token = "<|new|>"
+    tokenizer.save_pretrained(base)
+    return str(base)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ("a" * 15, "expected at most 16 tokens, as many as the base has positions, got 17"),
+        ("<|new|>", "expected tokens that the base has an embedding for, ids below 260, got 260"),
+    ],
+)
+@pytest.mark.usefixtures("not_loaded")
+def test_an_example_that_the_base_cannot_take_is_refused_before_it_is_loaded(
+    configure: Configure, small_base: str, tmp_path: Path, prompt: str, said: str
+) -> None:
+    lines = [TOGETHER, {"prompt": prompt, "completion": "b"}]
+    data = write_lines(tmp_path / "long.jsonl", lines)
+    with pytest.raises(DataError) as error:
+        Trainer(configure(base=small_base, data=data))
+    assert str(error.value) == f"{data}:2: {said}"
+
+
+def test_examples_are_cut_to_the_bases_positions(
+    configure: Configure, small_base: str, tmp_path: Path
+) -> None:
+    lines = [TOGETHER, {"prompt": "a" * 10, "completion": "b" * 10}]
+    data = write_lines(tmp_path / "long.jsonl", lines)
+    trainer = Trainer(configure(base=small_base, data=data, too_long="truncate", packing=True))
+    assert (trainer.examples.limit, trainer.examples.truncated) == (16, 1)
+    assert len(trainer.train().losses) == 10
+
+
+def test_padding_is_a_token_that_the_base_knows(configure: Configure, small_base: str) -> None:
+    assert len(run(configure(base=small_base, max_steps=1)).losses) == 1
 
 
 @pytest.mark.usefixtures("not_loaded")

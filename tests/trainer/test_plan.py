@@ -117,6 +117,11 @@ def test_activations_grow_with_the_batch_and_its_length(planned: Planned) -> Non
     assert large.step == pytest.approx(4 * small.step, rel=0.15)
 
 
+def test_no_example_has_more_tokens_than_the_base_has_positions(planned: Planned) -> None:
+    assert planned(max_length=513).length == planned(max_length=512).length == 512
+    assert planned(max_length=513).step == planned(max_length=512).step
+
+
 def test_the_peak_is_the_sum_of_its_parts(planned: Planned) -> None:
     plan = planned()
     assert plan.step is not None

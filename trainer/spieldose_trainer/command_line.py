@@ -29,8 +29,8 @@ def train(arguments: Sequence[str]) -> None:
 
     trainer = Trainer(config)
     if is_first_rank():
-        _report_too_long(config.data, trainer.examples, max_length=config.max_length)
-        _report_too_long(config.eval_data, trainer.held_out, max_length=config.max_length)
+        _report_too_long(config.data, trainer.examples)
+        _report_too_long(config.eval_data, trainer.held_out)
     result = trainer.train()
     trainer.save()
     if is_first_rank():
@@ -52,9 +52,9 @@ def _print_plan(config: TrainConfig) -> None:
     print_plan(make_plan(config), Console())
 
 
-def _report_too_long(path: Path | None, examples: "Examples", *, max_length: int) -> None:
+def _report_too_long(path: Path | None, examples: "Examples") -> None:
     if examples.truncated or examples.dropped:
         print(
             f"{path}: of {len(examples) + examples.dropped} examples {examples.truncated} were cut "
-            f"to {max_length} tokens, {examples.dropped} left out"
+            f"to {examples.limit} tokens, {examples.dropped} left out"
         )

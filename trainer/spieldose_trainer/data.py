@@ -11,6 +11,7 @@ from jinja2 import TemplateError  # also what a template raises at roles it refu
 from transformers import PreTrainedTokenizerBase
 
 from spieldose_trainer.errors import DataError
+from spieldose_trainer.limits import NO_LIMITS, Limits
 from spieldose_trainer.records import Messages, messages_of, pair_of
 
 UNREADABLE = (ValueError, TypeError, ArithmeticError, LookupError, RecursionError)
@@ -46,6 +47,7 @@ class Example:
 class Examples(list[Example]):
     """Hold a file's examples, and how many lines were too long for all of them to be kept."""
 
+    limit = 0  # tokens of the longest that is kept whole
     truncated = 0  # lost their end
     dropped = 0  # had nothing left that counts, so they are not among the examples
 
@@ -56,15 +58,17 @@ def read_examples(
     *,
     max_length: int,
     too_long: Literal["refuse", "truncate"] = "refuse",
+    limits: Limits = NO_LIMITS,
 ) -> Examples:
     """Read a JSONL file of `prompt`/`completion` strings or of `messages`.
 
     Strings are taken as they are, as the server takes a request's `text`; messages go through the
-    chat template, and all the assistant's count. Raises DataError.
+    chat template, and all the assistant's count. `limits` are the base's. Raises DataError.
     """
     if tokenizer.eos_token_id is None:
         raise DataError(f"{path}: expected a tokenizer with an end-of-sequence token, got none")
     examples = Examples()
+    examples.limit = limits.length(max_length)
     for number, line in _lines(path):
         try:
             example = tokenise(json.loads(line), tokenizer)
@@ -74,12 +78,21 @@ def read_examples(
         except (*UNREADABLE, TemplateError) as error:
             reason = str(error).partition("\n")[0]
             raise DataError(f"{path}:{number}: {reason}") from error
+        largest = max(example.tokens)
+        if limits.vocabulary is not None and largest >= limits.vocabulary:
+            raise DataError(
+                f"{path}:{number}: expected tokens that the base has an embedding for, "
+                f"ids below {limits.vocabulary}, got {largest}"
+            )
         length = len(example.tokens)
-        if length <= max_length:
+        if length <= examples.limit:
             examples.append(example)
         elif too_long == "refuse":
-            raise DataError(f"{path}:{number}: expected at most {max_length} tokens, got {length}")
-        elif shorter := _truncated(example, max_length):
+            whose = "" if examples.limit == max_length else ", as many as the base has positions"
+            raise DataError(
+                f"{path}:{number}: expected at most {examples.limit} tokens{whose}, got {length}"
+            )
+        elif shorter := _truncated(example, examples.limit):
             examples.append(shorter)
             examples.truncated += 1
         else:
@@ -87,7 +100,7 @@ def read_examples(
     if not examples:
         found = "none"
         if examples.dropped:
-            found = f"{examples.dropped} with prompts of {max_length} tokens or more"
+            found = f"{examples.dropped} with prompts of {examples.limit} tokens or more"
         raise DataError(f"{path}: expected at least one example, got {found}")
     return examples
 

@@ -10,6 +10,7 @@ from transformers import AutoConfig, PretrainedConfig
 from spieldose_kernels.base import pick_compute_dtype, pick_device
 from spieldose_kernels.checkpoint import target_shapes
 from spieldose_trainer.config import Choice, TrainConfig
+from spieldose_trainer.limits import Limits
 from spieldose_trainer.memory import tensor_bytes
 from spieldose_trainer.modules import select_modules
 from spieldose_trainer.parts import FISHER_BUDGET
@@ -37,9 +38,9 @@ CPU_RETENTION = 1.4
 def make_plan(config: TrainConfig) -> Plan:
     """Plan a run; reads the base's configuration only. Raises BaseError or ConfigError.
 
-    Every example is taken to have `max_length` tokens that all count, which bounds what the data
-    can take; every layer to have the same density. What a selector needs of one layer at a time is
-    left out.
+    Every example is taken to have `max_length` tokens that all count, or as many as the base has
+    positions, which bounds what the data can take; every layer to have the same density. What a
+    selector needs of one layer at a time is left out.
     """
     choice, directory = config.choice, Path(config.base)  # or a hub name: no weights are fetched
     shapes = target_shapes(directory)
@@ -60,7 +61,7 @@ def make_plan(config: TrainConfig) -> Plan:
         kinds=_kinds(sizes),
         updater=choice.updater,
         batch_size=config.batch_size,
-        length=config.max_length,
+        length=Limits.of(base).length(config.max_length),
         file=sum(
             file_bytes(name, *size, dtype=getattr(torch, config.value_dtype))
             for name, size in sizes.items()
@@ -101,7 +102,7 @@ def _pass_bytes(
         base,
         sizes,
         batch_size=batch_size,
-        length=config.max_length,
+        length=Limits.of(base).length(config.max_length),
         dtype=dtype,
         backward=backward,
         checkpointing=config.gradient_checkpointing,

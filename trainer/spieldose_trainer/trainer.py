@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 from torch.utils.tensorboard import SummaryWriter
-from transformers import PreTrainedTokenizerBase, PrinterCallback
+from transformers import AutoConfig, PreTrainedTokenizerBase, PrinterCallback
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -26,6 +26,7 @@ from spieldose_trainer.checkpoints import DELTA, PROCESSES, newest_checkpoint
 from spieldose_trainer.config import TrainConfig
 from spieldose_trainer.data import Examples, collate, read_examples
 from spieldose_trainer.errors import CheckpointError, ConfigError, Interrupted
+from spieldose_trainer.limits import Limits
 from spieldose_trainer.loop import Loop, training_arguments
 from spieldose_trainer.memory import MemoryTable, peak_bytes
 from spieldose_trainer.model import SparseModel
@@ -67,9 +68,10 @@ class Trainer:
         tokenizer = load_tokenizer(directory)
         self._template = _read_template(config.chat_template)
         tokenizer.chat_template = self._template or tokenizer.chat_template
-        self.examples = _read(config, config.data, tokenizer)
-        self.held_out = _read(config, config.eval_data, tokenizer)
-        texts = _read(config, config.fisher_data, tokenizer) or self.examples
+        read = partial(_read, config, tokenizer, Limits.of(AutoConfig.from_pretrained(directory)))
+        self.examples = read(config.data)
+        self.held_out = read(config.eval_data)
+        texts = read(config.fisher_data) or self.examples
         originals = original_weights(directory, shapes) if config.start == "residual" else None
         _make_folder(config)
         self._arguments = training_arguments(config)
@@ -162,12 +164,12 @@ class Trainer:
 
     def _assemble(self) -> Loop:
         """Put model, updater, selector and callbacks under a Hugging Face Trainer."""
-        config, tokenizer = self.config, self.base.tokenizer
-        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        config = self.config
+        pad = self.base.tokenizer.eos_token_id  # is masked, and surely in the embedding
         rows: list[Any] = list(self.examples)
         if config.packing:
             check_separation(self.base.model)
-            rows = list(pack(self.examples, max_length=config.max_length, seed=config.seed))
+            rows = list(pack(self.examples, max_length=self.examples.limit, seed=config.seed))
         arguments = self._arguments
         per_update = config.batch_size * config.accumulation * arguments.world_size
         updates = config.max_steps or math.ceil(config.epochs * math.ceil(len(rows) / per_update))
@@ -215,10 +217,18 @@ def _load(config: TrainConfig) -> Base:
     )
 
 
-def _read(config: TrainConfig, path: Path | None, tokenizer: PreTrainedTokenizerBase) -> Examples:
+def _read(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, limits: Limits, path: Path | None
+) -> Examples:
     if path is None:
         return Examples()
-    return read_examples(path, tokenizer, max_length=config.max_length, too_long=config.too_long)
+    return read_examples(
+        path,
+        tokenizer,
+        max_length=config.max_length,
+        too_long=config.too_long,
+        limits=limits,
+    )
 
 
 def _read_template(path: Path | None) -> str:
