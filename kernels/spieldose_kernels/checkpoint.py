@@ -1,5 +1,6 @@
 """A base model's checkpoint as it lies on disk: where it is, and what it is before it is loaded."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -15,12 +16,15 @@ from spieldose_kernels.base_spec import BaseSpec, fingerprint_checkpoint
 from spieldose_kernels.errors import BaseError
 
 
-def find_checkpoint(name: str) -> Path:
-    """Return the directory of a model, fetched first if `name` is a hub name; raises BaseError."""
-    if Path(name).is_dir():
+def find_checkpoint(name: str, *, weights: bool = True) -> Path:
+    """Return the directory of a model, fetched first if `name` is a hub name; raises BaseError.
+
+    Without `weights` only the small files are fetched.
+    """
+    if os.path.isdir(name):  # unlike Path's own, False for names that are too long
         return Path(name)
     try:
-        wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+        wanted = ["*.json", "*.jinja", "*.model", "*.txt", *(["*.safetensors"] if weights else [])]
         return Path(snapshot_download(hub_name(name), allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise BaseError(

@@ -51,7 +51,7 @@ def write_delta(path: Path, adapter: Adapter) -> None:
     }
     payload = safetensors.torch.save(tensors, metadata=_metadata(adapter))
     read_header(io.BytesIO(payload))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(path)
     try:
         with open(temporary, "wb") as file:
             file.write(payload)
@@ -62,6 +62,11 @@ def write_delta(path: Path, adapter: Adapter) -> None:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
     _fsync_directory(path.parent)
+
+
+def temporary_beside(path: Path) -> Path:
+    """Return where `write_delta` writes before it renames."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def read_delta(source: bytes | io.BufferedIOBase, base: BaseSpec | None = None) -> Adapter:

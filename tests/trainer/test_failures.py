@@ -384,12 +384,22 @@ def test_modules_that_match_nothing_are_refused_before_the_base_is_loaded(
 
 @pytest.mark.usefixtures("not_loaded")
 @pytest.mark.parametrize(
-    "out", ["data.jsonl/sums.safetensors", "data.jsonl/deeper/sums.safetensors", "a.safetensors"]
+    "out",
+    [
+        "data.jsonl/sums.safetensors",
+        "data.jsonl/deeper/sums.safetensors",
+        "a.safetensors",  # a directory
+        "taken.safetensors",  # its checkpoints are a file
+        "a" * 243 + ".safetensors",  # as long as a name may be, but to be written under a longer
+        "a" * 244 + ".safetensors",
+    ],
 )
 def test_a_place_that_cannot_be_written_is_refused_before_the_base_is_loaded(
     configure: Configure, tmp_path: Path, out: str
 ) -> None:
     (tmp_path / "a.safetensors").mkdir()
+    (tmp_path / "taken.run").mkdir()
+    (tmp_path / "taken.run" / "checkpoints").touch()
     with pytest.raises(ConfigError, match=r"^out: expected .*, got") as error:
         Trainer(configure(out=tmp_path / out))
     assert "\n" not in str(error.value)

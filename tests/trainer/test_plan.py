@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from rich.console import Console
 
 from spieldose_kernels.base import Base
 from spieldose_kernels.errors import BaseError
-from spieldose_trainer.errors import ConfigError
+from spieldose_trainer.errors import ConfigError, DataError
 from spieldose_trainer.memory import measure_memory
 from spieldose_trainer.model import SparseModel
 from spieldose_trainer.plan import Plan
@@ -134,7 +135,7 @@ def test_a_plan_is_made_from_the_configuration_alone(
     tiny_directory: Path, tmp_path: Path, planned: Planned
 ) -> None:
     (tmp_path / "config.json").write_bytes((tiny_directory / "config.json").read_bytes())
-    alone, whole = planned(base=str(tmp_path), data=tmp_path / "none.jsonl"), planned()
+    alone, whole = planned(base=str(tmp_path)), planned()
     assert alone.kinds == whole.kinds
     assert (alone.base, alone.step, alone.file) == (whole.base, whole.step, whole.file)
 
@@ -142,6 +143,34 @@ def test_a_plan_is_made_from_the_configuration_alone(
 def test_a_base_that_is_not_there_is_said_so(planned: Planned, tmp_path: Path) -> None:
     with pytest.raises(BaseError, match="none"):
         planned(base=str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize("base", ["nobody/nothing", "a b", "a" * 300])
+def test_a_name_of_nothing_is_refused_at_once(
+    planned: Planned, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # ask no network
+    with pytest.raises(BaseError, match=rf"^expected a model directory or hub name, got '{base}'"):
+        planned(base=base)
+
+
+@pytest.mark.parametrize("field", ["data", "eval_data", "fisher_data"])
+def test_data_that_is_not_there_is_said_so(planned: Planned, tmp_path: Path, field: str) -> None:
+    with pytest.raises(DataError, match=r"none\.jsonl: expected a readable UTF-8 JSONL file"):
+        planned(method="fisher", **{field: tmp_path / "none.jsonl"})
+
+
+def test_a_directory_in_the_place_of_the_delta_file_is_said_so(
+    planned: Planned, tmp_path: Path
+) -> None:
+    (tmp_path / "out.safetensors").mkdir()
+    with pytest.raises(ConfigError, match=r"^out: expected a file to write, got the directory"):
+        planned(out=tmp_path / "out.safetensors")
+
+
+def test_a_chat_template_that_is_not_there_is_said_so(planned: Planned, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^chat_template: expected a readable UTF-8 file"):
+        planned(chat_template=tmp_path / "none.jinja")
 
 
 def test_a_module_that_does_not_match_is_said_so(planned: Planned) -> None:

@@ -115,6 +115,7 @@ def test_a_chat_template_of_its_own_is_trained_with_and_kept(
         (b"{% if %}", "chat.jinja: expected a chat template that compiles"),
         (b"\xff", "chat_template: expected a readable UTF-8 file"),
         (None, "chat_template: expected a readable UTF-8 file"),
+        (b"\n", "chat.jinja: expected a chat template, got an empty file"),
     ],
 )
 def test_a_chat_template_that_is_none_is_refused(

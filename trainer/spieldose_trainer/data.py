@@ -163,13 +163,19 @@ def collate(examples: Sequence[Example], *, pad: int) -> dict[str, torch.Tensor]
     return {name: torch.tensor(rows) for name, rows in batch.items()}
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield the lines that are not blank, numbered from 1."""
+def read_text(path: Path) -> str:
+    """Return what a file of data holds. Raises DataError."""
     try:
-        text = path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
+        return path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: expected a readable UTF-8 JSONL file, got {error}") from error
-    for number, line in enumerate(text.split("\n"), start=1):  # JSON strings may hold U+2028
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the lines that are not blank, numbered from 1."""
+    for number, line in enumerate(
+        read_text(path).split("\n"), start=1
+    ):  # JSON strings may hold U+2028
         if line.strip():
             yield number, line
 

@@ -2,14 +2,14 @@
 
 from collections import defaultdict
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from spieldose_kernels.base import pick_compute_dtype, pick_device
-from spieldose_kernels.checkpoint import target_shapes
+from spieldose_kernels.checkpoint import find_checkpoint, target_shapes
 from spieldose_trainer.config import Choice, TrainConfig
+from spieldose_trainer.files import check_files
 from spieldose_trainer.limits import Limits
 from spieldose_trainer.memory import tensor_bytes
 from spieldose_trainer.modules import select_modules
@@ -36,13 +36,14 @@ CPU_RETENTION = 1.4
 
 
 def make_plan(config: TrainConfig) -> Plan:
-    """Plan a run; reads the base's configuration only. Raises BaseError or ConfigError.
+    """Plan a run; reads the base's configuration only. Raises BaseError, ConfigError or DataError.
 
     Every example is taken to have `max_length` tokens that all count, or as many as the base has
     positions, which bounds what the data can take; every layer to have the same density. What a
     selector needs of one layer at a time is left out.
     """
-    choice, directory = config.choice, Path(config.base)  # or a hub name: no weights are fetched
+    check_files(config)
+    choice, directory = config.choice, find_checkpoint(config.base, weights=False)
     shapes = target_shapes(directory)
     sizes = {
         name: (*shape, _count(choice, *shape))

@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch.utils.tensorboard import SummaryWriter
 from transformers import AutoConfig, PreTrainedTokenizerBase, PrinterCallback
 from transformers.integrations.integration_utils import TensorBoardCallback
-from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from spieldose_kernels.base import Base, load_base, load_tokenizer, pick_compute_dtype, pick_device
 from spieldose_kernels.checkpoint import find_checkpoint, target_shapes
@@ -26,6 +24,7 @@ from spieldose_trainer.checkpoints import DELTA, PROCESSES, newest_checkpoint
 from spieldose_trainer.config import TrainConfig
 from spieldose_trainer.data import Examples, collate, read_examples
 from spieldose_trainer.errors import CheckpointError, ConfigError, Interrupted
+from spieldose_trainer.files import check_out, make_folders, read_template
 from spieldose_trainer.limits import Limits
 from spieldose_trainer.loop import Loop, training_arguments
 from spieldose_trainer.memory import MemoryTable, peak_bytes
@@ -62,18 +61,19 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, *, base: Base | None = None) -> None:
         self.config = config
+        check_out(config)
         self._checkpoint = _checkpoint_to_resume(config)
         directory = find_checkpoint(config.base)
         shapes = select_modules(target_shapes(directory), config.modules)
         tokenizer = load_tokenizer(directory)
-        self._template = _read_template(config.chat_template)
+        self._template = read_template(config.chat_template)
         tokenizer.chat_template = self._template or tokenizer.chat_template
         read = partial(_read, config, tokenizer, Limits.of(AutoConfig.from_pretrained(directory)))
         self.examples = read(config.data)
         self.held_out = read(config.eval_data)
         texts = read(config.fisher_data) or self.examples
         originals = original_weights(directory, shapes) if config.start == "residual" else None
-        _make_folder(config)
+        make_folders(config)
         self._arguments = training_arguments(config)
         self._settings = config.settings() | {
             "data": _described(self.examples),
@@ -231,22 +231,6 @@ def _read(
     )
 
 
-def _read_template(path: Path | None) -> str:
-    if path is None:
-        return ""
-    try:
-        template = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"chat_template: expected a readable UTF-8 file, got {error}") from error
-    try:
-        _compile_jinja_template(template)
-    except (TemplateError, RecursionError) as error:
-        raise ConfigError(
-            f"{path}: expected a chat template that compiles, got: {error}"
-        ) from error
-    return template
-
-
 def _checkpoint_to_resume(config: TrainConfig) -> Path | None:
     found = newest_checkpoint(config.checkpoints)
     if config.resume and found is None:
@@ -273,16 +257,6 @@ def _link(file: Path, link: Path) -> None:
         os.link(file, link)
     except OSError:
         shutil.copyfile(file, link)
-
-
-def _make_folder(config: TrainConfig) -> None:
-    """Make the run's directory; raises ConfigError if nothing could be written at its end."""
-    if config.out.is_dir():
-        raise ConfigError(f"out: expected a file to write, got the directory {config.out}")
-    try:
-        config.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"out: expected a place to write to, got: {error}") from error
 
 
 def _described(examples: Examples) -> str:
