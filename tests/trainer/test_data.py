@@ -107,6 +107,41 @@ def test_a_template_without_end_token_gets_one(
     assert counted(example, tokenizer) == ["Hello|", "Ciao|<|end|>"]
 
 
+def test_all_but_the_first_token_of_plain_text_count(
+    read: Read, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    text, pair = read(f'{{"text": "The cat"}}\n{GOOD}', or_text=True)
+    assert tokenizer.decode(text.tokens) == "The cat"
+    assert counted(text, tokenizer) == ["he cat"]
+    assert counted(pair, tokenizer) == ["b<|end|>"]
+
+
+def test_long_text_may_lose_its_end(read: Read, tokenizer: PreTrainedTokenizerBase) -> None:
+    (cut,) = read('{"text": "The cat"}', max_length=3, too_long="truncate", or_text=True)
+    assert tokenizer.decode(cut.tokens) == "The"
+    assert counted(cut, tokenizer) == ["he"]
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ('{"text": 7}', "expected `text` to be a non-empty string, got 7"),
+        ('{"text": ""}', 'expected `text` to be a non-empty string, got ""'),
+        ('{"text": "a"}', "expected two tokens or more in text, got 1"),
+        ('{"text": "ab", "url": "c"}', "expected `text` alone, got `text`, `url`"),
+        ("{}", "expected `prompt` and `completion` alone, or `messages` or `text` alone, got an"),
+    ],
+)
+def test_unusable_text_is_named(read: Read, line: str, expected: str) -> None:
+    with pytest.raises(DataError, match=rf"data\.jsonl:1: {expected}"):
+        read(line, or_text=True)
+
+
+def test_plain_text_is_no_training_data(read: Read) -> None:
+    with pytest.raises(DataError, match=r"or `messages` alone, got `text`$"):
+        read('{"text": "The cat"}')
+
+
 def test_blank_lines_are_skipped(read: Read) -> None:
     assert len(read(f"\n{GOOD}\n\n   \n{GOOD}\n")) == 2
 

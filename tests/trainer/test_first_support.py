@@ -93,10 +93,14 @@ def test_fisher_scores_are_the_mean_of_squared_dense_gradients(
     assert lowest >= left_out * (1 - 1e-4)
 
 
-def test_fisher_text_may_be_other_than_the_training_data(configure: Configure) -> None:
+@pytest.mark.parametrize(
+    "line",
+    ['{"prompt": "The cat", "completion": " sat on the mat."}', '{"text": "The cat sat."}'],
+)
+def test_fisher_text_may_be_other_than_the_training_data(configure: Configure, line: str) -> None:
     config = configure(method="fisher")
     other = config.data.with_name("text.jsonl")
-    other.write_text('{"prompt": "The cat", "completion": " sat on the mat."}')
+    other.write_text(line)
     own, foreign = (
         chosen(Trainer(configure(method="fisher", fisher_data=f))) for f in (None, other)
     )

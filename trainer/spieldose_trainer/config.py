@@ -80,8 +80,8 @@ class TrainConfig:
     growth: Literal["gradient", "correlation"] = "gradient"  # correlation: over the factors' norms
     seed_momentum: bool = True  # a grown entry's momentum is its mean gradient so far, otherwise 0
     allocation: Literal["layer", "global"] = "layer"  # compare scores within layers or overall
-    fisher_data: Path | None = None  # text for the Fisher scores; none: the training data
-    fisher_samples: int = 64  # examples of it
+    fisher_data: Path | None = None  # for Fisher scores: as the data, or lines of `text`
+    fisher_samples: int = 64  # examples of it, or of the data where none is given
     rank: int = 128  # of low-rank approximations: principal weights, CESGC
     sgc_variant: Literal["mesgc", "cesgc"] = "mesgc"  # compress gradients, or their projections
     chunk: int = 1024  # weights whose gradient is compressed together (d)

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from spieldose_trainer.errors import DataError
 from spieldose_trainer.limits import NO_LIMITS, Limits
-from spieldose_trainer.records import Messages, messages_of, pair_of
+from spieldose_trainer.records import Messages, messages_of, pair_of, text_of
 
 UNREADABLE = (ValueError, TypeError, ArithmeticError, LookupError, RecursionError)
 IGNORED = -100  # label of a token whose prediction does not count; the loss functions' convention
@@ -59,11 +59,13 @@ def read_examples(
     max_length: int,
     too_long: Literal["refuse", "truncate"] = "refuse",
     limits: Limits = NO_LIMITS,
+    or_text: bool = False,
 ) -> Examples:
     """Read a JSONL file of `prompt`/`completion` strings or of `messages`.
 
     Strings are taken as they are, as the server takes a request's `text`; messages go through the
-    chat template, and all the assistant's count. `limits` are the base's. Raises DataError.
+    chat template, and all the assistant's count. `or_text` takes lines of plain `text`, too, whose
+    every token but the first counts. `limits` are the base's. Raises DataError.
     """
     if tokenizer.eos_token_id is None:
         raise DataError(f"{path}: expected a tokenizer with an end-of-sequence token, got none")
@@ -71,7 +73,7 @@ def read_examples(
     examples.limit = limits.length(max_length)
     for number, line in _lines(path):
         try:
-            example = tokenise(json.loads(line), tokenizer)
+            example = tokenise(json.loads(line), tokenizer, or_text=or_text)
         except json.JSONDecodeError as error:
             reason = f"expected JSON, got {error.msg} at column {error.colno}"
             raise DataError(f"{path}:{number}: {reason}") from error
@@ -105,14 +107,16 @@ def read_examples(
     return examples
 
 
-def tokenise(record: Any, tokenizer: PreTrainedTokenizerBase) -> Example:
-    """Turn one record into token ids that end with the end-of-sequence token.
+def tokenise(record: Any, tokenizer: PreTrainedTokenizerBase, *, or_text: bool = False) -> Example:
+    """Turn one record into token ids that, but for plain text, end with the end-of-sequence token.
 
     Raises ValueError, or what the tokenizer and its chat template raise.
     """
     if isinstance(record, dict) and "messages" in record:
         return _tokenise_chat(messages_of(record), tokenizer)
-    prompt, completion = pair_of(record)
+    if or_text and isinstance(record, dict) and "text" in record:
+        return _tokenise_text(text_of(record), tokenizer)
+    prompt, completion = pair_of(record, or_text=or_text)
     asked: list[int] = tokenizer(prompt)["input_ids"]
     answer: list[int] = tokenizer(completion, add_special_tokens=False)["input_ids"]
     if not asked or not answer:  # some tokenizers drop characters
@@ -121,6 +125,13 @@ def tokenise(record: Any, tokenizer: PreTrainedTokenizerBase) -> Example:
         )
     tokens = [*asked, *answer, tokenizer.eos_token_id]
     return Example(tokens, (range(len(asked), len(tokens)),))
+
+
+def _tokenise_text(text: str, tokenizer: PreTrainedTokenizerBase) -> Example:
+    tokens: list[int] = tokenizer(text)["input_ids"]
+    if len(tokens) < 2:
+        raise ValueError(f"expected two tokens or more in text, got {len(tokens)}")
+    return Example(tokens, (range(1, len(tokens)),))
 
 
 def _tokenise_chat(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> Example:

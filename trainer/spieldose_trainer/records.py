@@ -10,15 +10,25 @@ ROLES = ("system", "user", "assistant")  # what a served request may have, too
 Messages = list[dict[str, str]]  # of `role` and `content`, the assistant's last
 
 
-def pair_of(record: Any) -> tuple[str, str]:
+def pair_of(record: Any, *, or_text: bool = False) -> tuple[str, str]:
     """Return a record's prompt and completion, neither empty. Raises ValueError."""
     if not isinstance(record, dict) or record.keys() != {"prompt", "completion"}:
+        other = "`messages` or `text`" if or_text else "`messages`"
         raise ValueError(
-            f"expected `prompt` and `completion` alone, or `messages` alone, got {_shown(record)}"
+            f"expected `prompt` and `completion` alone, or {other} alone, got {_shown(record)}"
         )
     for name, text in record.items():
         _check_string(f"`{name}`", text, may_be_empty=False)
     return record["prompt"], record["completion"]
+
+
+def text_of(record: dict[str, Any]) -> str:
+    """Return a record's text, which is not empty. Raises ValueError."""
+    if record.keys() != {"text"}:
+        raise ValueError(f"expected `text` alone, got {_shown(record)}")
+    text = record["text"]
+    _check_string("`text`", text, may_be_empty=False)
+    return str(text)
 
 
 def messages_of(record: dict[str, Any]) -> Messages:

@@ -71,7 +71,7 @@ class Trainer:
         read = partial(_read, config, tokenizer, Limits.of(AutoConfig.from_pretrained(directory)))
         self.examples = read(config.data)
         self.held_out = read(config.eval_data)
-        texts = read(config.fisher_data) or self.examples
+        texts = read(config.fisher_data, or_text=True) or self.examples
         originals = original_weights(directory, shapes) if config.start == "residual" else None
         make_folders(config)
         self._arguments = training_arguments(config)
@@ -218,7 +218,12 @@ def _load(config: TrainConfig) -> Base:
 
 
 def _read(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, limits: Limits, path: Path | None
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits,
+    path: Path | None,
+    *,
+    or_text: bool = False,
 ) -> Examples:
     if path is None:
         return Examples()
@@ -228,6 +233,7 @@ def _read(
         max_length=config.max_length,
         too_long=config.too_long,
         limits=limits,
+        or_text=or_text,
     )
 
 
