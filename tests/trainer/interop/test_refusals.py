@@ -1,7 +1,7 @@
 """What cannot be imported ends in one line that names what was expected and what was found."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +175,23 @@ def test_a_pickle_of_other_things_than_named_tensors_is_refused(
     assert message in refused(tmp_path / "sft", tiny_directory)
 
 
+@pytest.mark.parametrize(
+    ("kind", "make"),
+    [
+        ("sparse_coo", lambda: torch.ones(50).to_sparse()),
+        ("meta", lambda: torch.empty(50, device="meta")),
+        ("nested", lambda: torch.nested.nested_tensor([torch.ones(20), torch.ones(30)])),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_tensors_that_are_not_dense_are_refused(
+    tiny_directory: Path, tmp_path: Path, kind: str, make: Callable[[], torch.Tensor]
+) -> None:
+    write_sft(tmp_path / "sft", tensors={VALUES: make()})
+    message = refused(tmp_path / "sft", tiny_directory)
+    assert f"expected dense tensors, got a {kind} one at '{VALUES}'" in message
+
+
 @pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 not a zip"])
 @pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.safetensors"])
 def test_a_file_of_something_else_is_refused(
@@ -269,6 +286,8 @@ def test_entries_that_do_not_fit_their_layer_are_refused(
 @pytest.mark.parametrize(
     ("place", "message"),
     [
+        ((0.5, 3.0), "expected whole indices, got 0.5"),
+        ((float("nan"), 3.0), "expected whole indices, got nan"),
         ((64, 0), "expected positions inside [64, 64], got [64, 0]"),
         ((0, 64), "expected positions inside [64, 64], got [0, 64]"),  # not row 1, column 0
         ((-1, 3), "expected positions inside [64, 64], got [-1, 3]"),
@@ -276,17 +295,27 @@ def test_entries_that_do_not_fit_their_layer_are_refused(
     ],
 )
 def test_rows_and_columns_that_do_not_fit_their_layer_are_refused(
-    tiny_directory: Path, tmp_path: Path, place: tuple[int, int], message: str
+    tiny_directory: Path, tmp_path: Path, place: tuple[float, float], message: str
 ) -> None:
-    indices = torch.arange(256).view(2, 128) // 2  # r = 1
+    indices = torch.zeros(2, 128, dtype=torch.tensor(place).dtype)  # r = 1
     indices[0], indices[1] = torch.arange(128) // 64, torch.arange(128) % 64
     indices[:, 5] = torch.tensor(place)
     tensors = {
-        f"base_model.model.{Q}.shira_indices": indices.int(),
+        f"base_model.model.{Q}.shira_indices": indices,
         f"base_model.model.{Q}.shira_weight": torch.ones(128),
     }
     write_adapter(tmp_path / "peft", {"peft_type": "SHIRA", "r": 1}, tensors, pickled=False)
     assert f"{Q}: {message}" in refused(tmp_path / "peft", tiny_directory)
+
+
+def test_rows_and_columns_in_16_bits_are_refused(tiny_directory: Path, tmp_path: Path) -> None:
+    tensors = {  # bfloat16 has rounded them already
+        f"base_model.model.{Q}.shira_indices": torch.zeros(2, 128, dtype=torch.bfloat16),
+        f"base_model.model.{Q}.shira_weight": torch.ones(128),
+    }
+    write_adapter(tmp_path / "peft", {"peft_type": "SHIRA", "r": 1}, tensors, pickled=False)
+    said = f"{Q}: indices: expected one of int32, int64, float32, got bfloat16"
+    assert said in refused(tmp_path / "peft", tiny_directory)
 
 
 # --- what a method cannot carry ------------------------------------------------------------------

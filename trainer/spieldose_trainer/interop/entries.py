@@ -58,6 +58,11 @@ def checked_delta(
 def _check_list(name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     if tensor.dim() != 1:
         raise ConversionError(f"{name}: expected one dimension, got shape {list(tensor.shape)}")
+    check_dtype(name, tensor, dtypes)
+
+
+def check_dtype(name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Raise ConversionError unless a tensor has one of these dtypes."""
     if tensor.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ConversionError(

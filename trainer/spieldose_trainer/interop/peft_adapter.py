@@ -117,4 +117,15 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
             raise ConversionError(
                 f"{path}: expected named tensors, got {type(tensor).__name__} at {name!r}"
             )
+        if kind := _kind(tensor):
+            raise ConversionError(f"{path}: expected dense tensors, got a {kind} one at {name!r}")
     return found
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    """Return what a tensor is other than a list of numbers in memory, "" for nothing."""
+    if tensor.is_nested:
+        return "nested"
+    if tensor.layout != torch.strided:
+        return str(tensor.layout).removeprefix("torch.")
+    return "" if tensor.device.type == "cpu" else tensor.device.type

@@ -17,7 +17,12 @@ from safetensors import SafetensorError
 from spieldose_kernels.base_spec import BaseSpec
 from spieldose_kernels.delta import Adapter, SparseDelta
 from spieldose_trainer.errors import ConversionError
-from spieldose_trainer.interop.entries import checked_delta, target_shape
+from spieldose_trainer.interop.entries import (
+    POSITION_DTYPES,
+    check_dtype,
+    checked_delta,
+    target_shape,
+)
 from spieldose_trainer.interop.peft_adapter import CONFIG, PREFIX, SAFETENSORS, PeftAdapter
 
 
@@ -36,7 +41,7 @@ def read(source: PeftAdapter, base: BaseSpec) -> dict[str, SparseDelta]:
                 f"{module}: expected r·(R + C) = {rank}·({height} + {width}) = {expected} values "
                 f"and [2, {expected}] indices, got {list(values.shape)} and {list(indices.shape)}"
             )
-        rows, columns = indices.long()  # PEFT on Windows saves them as float32
+        rows, columns = _whole(module, indices)
         outside = (rows < 0) | (rows >= height) | (columns < 0) | (columns >= width)
         if bool(outside.any()):
             first = indices[:, outside][:, 0].long().tolist()
@@ -47,6 +52,16 @@ def read(source: PeftAdapter, base: BaseSpec) -> dict[str, SparseDelta]:
         positions = (rows * width + columns)[~padding]
         modules[module] = checked_delta(module, positions, values[~padding], shape=(height, width))
     return modules
+
+
+def _whole(module: str, indices: torch.Tensor) -> torch.Tensor:
+    """Return indices as int64; PEFT on Windows saves them as float32. Raises ConversionError."""
+    check_dtype(f"{module}: indices", indices, (*POSITION_DTYPES, torch.float32))
+    whole = indices.long()
+    broken = indices[whole != indices]
+    if broken.numel():
+        raise ConversionError(f"{module}: expected whole indices, got {float(broken[0])}")
+    return whole
 
 
 def smallest_rank(adapter: Adapter) -> int:
