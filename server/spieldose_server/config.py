@@ -1,5 +1,6 @@
 """Every setting of the server; the command line is derived from this one dataclass."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -91,7 +92,7 @@ class ServerConfig:
             raise ConfigError("tls_certificate and tls_key: expected both or none, got one")
         if self.tls_client_ca and not self.tls_certificate:
             raise ConfigError("tls_client_ca: expected a tls_certificate beside it, got none")
-        if not self.adapters.is_dir():
+        if not os.path.isdir(self.adapters):  # Path's own raises where a name is too long
             raise ConfigError(f"adapters must be a directory, got {self.adapters}")
 
 

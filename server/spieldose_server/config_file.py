@@ -6,6 +6,7 @@
 import argparse
 import difflib
 import inspect
+import os
 import re
 import tomllib
 from collections.abc import Sequence
@@ -69,7 +70,7 @@ def checked(config: ServerConfig) -> str:
     Certificates.of(config)
     TrustedKeys.of(config)
 
-    if Path(config.base).is_dir():
+    if os.path.isdir(config.base):  # as find_checkpoint asks
         what = f"{config.base}, {len(target_shapes(Path(config.base)))} target layers"
     else:
         what = f"{hub_name(config.base)}, a hub name, not looked up"

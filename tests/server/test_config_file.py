@@ -118,6 +118,14 @@ def test_check_serves_nothing(
     assert "the settings are right" in capsys.readouterr().out
 
 
+def test_check_refuses_names_that_are_too_long(tmp_path: Path) -> None:
+    long = "a" * 300
+    with pytest.raises(BaseError, match=r"^expected a model directory or hub name, got 'a"):
+        serve(["--base", long, "--adapters", str(tmp_path), "--check"])
+    with pytest.raises(ConfigError, match=r"^adapters must be a directory, got a"):
+        serve(["--base", "b", "--adapters", long, "--check"])
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_check_says_that_there_is_no_cuda_device(tiny_directory: Path, tmp_path: Path) -> None:
     words = ["--base", str(tiny_directory), "--adapters", str(tmp_path), "--device", "cuda"]

@@ -95,8 +95,11 @@ def test_settings_that_cannot_be_read_are_refused(
     assert message in refused(tmp_path / "sft", tiny_directory)
 
 
-def test_a_source_that_is_not_there_is_refused(tiny_directory: Path, tmp_path: Path) -> None:
-    message = refused(tmp_path / "nothing", tiny_directory, error=ConfigError)
+@pytest.mark.parametrize("name", ["nothing", "a" * 300])
+def test_a_source_that_is_not_there_is_refused(
+    tiny_directory: Path, tmp_path: Path, name: str
+) -> None:
+    message = refused(tmp_path / name, tiny_directory, error=ConfigError)
     assert "source must be the directory of a PEFT adapter or a delta file" in message
 
 

@@ -1,5 +1,6 @@
 """Every setting of `spieldose convert`, `extract` and `inspect`."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -33,7 +34,7 @@ class ConvertConfig:
     def __post_init__(self) -> None:
         check_text("base", self.base)
         check_line("description", self.description)
-        if not self.source.exists():
+        if not os.path.exists(self.source):  # Path's own raises where a name is too long
             raise ConfigError(
                 f"source must be the directory of a PEFT adapter or a delta file, got {self.source}"
             )
