@@ -102,14 +102,7 @@ class TrainConfig:
         self._check_names()
         choice = self.choice
         check_pair(choice.selector, choice.updater)
-        for names, is_right, expected in _RULES:
-            for name in names.split():
-                value = getattr(self, name)
-                if value is not None and not is_right(value):
-                    raise ConfigError(f"{name} must be {expected}, got {value}")
-        for name, words in self.settings().items():
-            check_text(name, words)
-        check_line("description", self.description)
+        self._check_values()
         if choice.updater == "compressed-adam":
             _ = self.compression  # raises what is wrong with it
         if choice.selector in SPIEL and choice.reselect_every <= self.selection_steps:
@@ -117,8 +110,9 @@ class TrainConfig:
                 f"reselect_every must exceed selection_steps ({self.selection_steps}), "
                 f"got {choice.reselect_every}"
             )
-        if self.patience is not None and self.eval_data is None:
-            raise ConfigError("patience needs eval_data, got none")
+        for name in ("exact_match", "patience"):
+            if self.eval_data is None and getattr(self, name):
+                raise ConfigError(f"{name} needs eval_data, got none")
         if self.start == "residual" and not self.quantised:
             raise ConfigError("start=residual needs a quantised base: another one rounded nothing")
         if self.clip is not None and choice.updater in ("zeroth-order", "compressed-adam"):
@@ -143,6 +137,17 @@ class TrainConfig:
             value = getattr(self, name)
             if known and value is not None and value not in known:
                 raise ConfigError(f"{name} must be one of {', '.join(known)}, got {value}")
+
+    def _check_values(self) -> None:
+        """Raise ConfigError for a value out of range, or that the delta file cannot keep."""
+        for names, is_right, expected in _RULES:
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and not is_right(value):
+                    raise ConfigError(f"{name} must be {expected}, got {value}")
+        for name, words in self.settings().items():
+            check_text(name, words)
+        check_line("description", self.description)
 
     @property
     def folder(self) -> Path:

@@ -184,9 +184,8 @@ def read_text(path: Path) -> str:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield the lines that are not blank, numbered from 1."""
-    for number, line in enumerate(
-        read_text(path).split("\n"), start=1
-    ):  # JSON strings may hold U+2028
+    lines = read_text(path).split("\n")  # and not at U+2028, which JSON strings may hold
+    for number, line in enumerate(lines, start=1):
         if line.strip():
             yield number, line
 
