@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from spieldose_kernels.base import Base, load_base
 from spieldose_kernels.linear import TrainableDelta
@@ -184,6 +184,16 @@ def test_an_evaluation_leaves_gradients_alone(base: Base) -> None:
     assert all(torch.equal(p.grad, torch.full_like(p, 3.0)) for p in learnt)
     for parameter in learnt:
         parameter.grad = None
+
+
+def test_no_reply_runs_past_the_bases_positions(base: Base) -> None:
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=260, eos_token_id=None, **sizes)).eval()
+    full = known(base, {"a" * 10: "b" * 5, "a": "b" * 14})  # 16 tokens each, 25 together
+    found = evaluate(
+        model, full, tokenizer=base.tokenizer, pad=end(base), batch_size=2, exact_match=True
+    )
+    assert found.exact_match == 0.0
 
 
 def test_no_random_number_is_drawn(base: Base) -> None:

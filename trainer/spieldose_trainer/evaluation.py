@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from spieldose_trainer.counted_logits import counted_only
 from spieldose_trainer.data import IGNORED, Example, collate
+from spieldose_trainer.limits import Limits
 
 SPARE = 4  # tokens read beyond an answer's length: a reply may go on after a space
 
@@ -84,8 +85,11 @@ def _matches(
     ends = _ends(model, tokenizer)
     prompts = [example.prompt for example in examples]
     answers = [example.completion for example in examples]
-    longest = max(map(len, answers)) + SPARE
-    replies = _generate(model, prompts, max_new_tokens=longest, ends=ends, pad=pad)
+    width, longest = max(map(len, prompts)), max(map(len, answers))
+    room = Limits.of(model.config).length(width + longest + SPARE) - width
+    if room < longest and len(examples) > 1:  # together, but not each by itself
+        return sum(_matches(model, [one], tokenizer=tokenizer, pad=pad) for one in examples)
+    replies = _generate(model, prompts, max_new_tokens=max(room, longest), ends=ends, pad=pad)
 
     def said(tokens: Iterable[int]) -> str:
         words = [token for token in tokens if token not in ends]
