@@ -99,6 +99,15 @@ def test_packed_examples_train(configure: Configure) -> None:
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_padding_is_not_counted_among_the_tokens(configure: Configure, packing: bool) -> None:
+    trainer = Trainer(
+        configure(packing=packing, max_length=40, batch_size=10, max_steps=1, method="random")
+    )
+    (update,) = trainer.train().log.updates  # the whole data
+    assert update.tokens == sum(len(example.tokens) for example in trainer.examples)
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [

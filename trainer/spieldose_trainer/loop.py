@@ -74,8 +74,7 @@ class Loop(HuggingFaceTrainer):
         self, model: Any, inputs: Any, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         """Make one forward pass and its backward pass, or two forward passes in zeroth order."""
-        mask = inputs.get("attention_mask")
-        self.recorder.count(inputs["labels"].numel() if mask is None else int(mask.sum()))
+        self.recorder.count(inputs.pop("tokens"))
         if isinstance(self.updater, ZerothOrder):
             loss = self._two_forward_passes(model, inputs, num_items_in_batch)
         else:

@@ -19,6 +19,7 @@ from spieldose_kernels.base import Base, load_base, load_tokenizer, pick_compute
 from spieldose_kernels.checkpoint import find_checkpoint, target_shapes
 from spieldose_kernels.delta import Adapter
 from spieldose_kernels.delta_file import read_delta, write_delta
+from spieldose_trainer.batches import collate_counted
 from spieldose_trainer.callbacks import Evaluating, Progress, Recorder, StopOnInterrupt
 from spieldose_trainer.checkpoints import DELTA, PROCESSES, newest_checkpoint
 from spieldose_trainer.config import TrainConfig
@@ -194,7 +195,9 @@ class Trainer:
             pad=pad,
             args=arguments,
             train_dataset=rows,
-            data_collator=partial(collate_packed if config.packing else collate, pad=pad),
+            data_collator=partial(
+                collate_counted, collate=collate_packed if config.packing else collate, pad=pad
+            ),
             callbacks=callbacks,
         )
         loop.remove_callback(PrinterCallback)  # the progress bar shows what it would print
