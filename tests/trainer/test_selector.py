@@ -182,6 +182,19 @@ def test_a_layer_without_input_grows_nowhere_by_correlation() -> None:
     assert bool((candidates.scores().abs() <= 1 + 1e-6).all())
 
 
+def test_padding_does_not_change_a_correlation() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, dy = torch.randn(4, 6, generator=draw), torch.randn(3, 6, generator=draw)
+    dy[:, 4:] = 0  # what no loss counts
+    scores = []
+    for length in (4, 6):
+        candidates = Candidates((3, 4), count=12, normalised=True)
+        candidates.observe(x[:, :length], dy[:, :length])
+        candidates.finish_update()
+        scores.append(candidates.scores())
+    torch.testing.assert_close(*scores)
+
+
 def test_the_layers_backward_passes_are_not_watched_before_the_run(
     make_toy: Callable[..., Any],
 ) -> None:

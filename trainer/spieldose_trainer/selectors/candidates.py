@@ -16,7 +16,8 @@ class Norms:
 
     def add(self, x: torch.Tensor, dy: torch.Tensor) -> None:
         """Take in one backward pass, x [C, T] and dy [R, T]; under data parallelism all ranks'."""
-        for name, side in (("rows", dy), ("columns", x)):
+        reached = dy.any(0)  # [T]: no padding, of which a batch may hold any amount
+        for name, side in (("rows", dy), ("columns", x[:, reached])):
             square = mean_over_ranks(side.float().square().sum(1))
             self.squares[name] = self.squares[name].to(square.device) + square
 
