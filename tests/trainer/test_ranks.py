@@ -16,7 +16,7 @@ from spieldose_trainer.config import TrainConfig
 from spieldose_trainer.errors import ConfigError
 from spieldose_trainer.trainer import Trainer
 
-METHODS = ("spiel-ag", "spiel-ma", "zo", "lift", "sgc", "fisher")
+METHODS = ("spiel-ag", "correlation", "spiel-ma", "zo", "lift", "sgc", "fisher")
 
 
 class Ranks(NamedTuple):
@@ -90,6 +90,7 @@ def test_an_epoch_of_packed_rows_is_divided_among_the_processes(
     first, second = (found["random"] for found in ranks.found)
     assert first["losses"] == second["losses"]
     assert first["losses"] == pytest.approx(alone["losses"], rel=1e-6)
+    assert first["tokens"] == alone["tokens"] and len(alone["tokens"]) == 4
 
 
 def test_only_the_first_process_prints(ranks: Ranks) -> None:

@@ -30,14 +30,23 @@ RUNS: dict[str, dict[str, Any]] = {
     "lift": {"rank": 8},
     "sgc": {"chunk": 256},
     "fisher": {"fisher_samples": 4, "allocation": "global", "density": 0.002},
-    "random": {"packing": True, "max_length": 64, "batch_size": 2, "max_steps": None},
+    "random": {
+        "packing": True,
+        "max_length": 64,
+        "batch_size": 2,
+        "max_steps": None,
+        "epochs": 2.0,
+    },
 }
 
 
 def write_data(directory: Path) -> None:
-    """Write 16 examples with completions of very different length."""
+    """Write 11 examples with completions of very different length.
+
+    An epoch's second batch is not full: one process of two has only blanks in it.
+    """
     lines = [
-        {"prompt": "#" * (a % 3 + 1), "completion": "is " + "+" * (a * 7 % 16)} for a in range(16)
+        {"prompt": "#" * (a % 3 + 1), "completion": "is " + "+" * (a * 7 % 16)} for a in range(11)
     ]
     (directory / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
 

@@ -1,11 +1,42 @@
-"""The rows of a run in batches: what a batch holds beside its tensors, and how many go together."""
+"""The rows of a run in batches: blanks that fill an epoch's last, and the tokens of each."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+from accelerate.data_loader import SeedableRandomSampler
 
 from spieldose_trainer.data import Example
 
 Row = Example | list[Example]  # a list where examples are packed
+BLANK = Example([0], ())  # nothing in it counts; a row without a token would have no attention
+
+
+class Rows(list[Row]):
+    """Hold a run's rows, then as many blanks as fill up the last of batches of some size.
+
+    Accelerate fills up what several processes are to share with rows of the epoch's beginning,
+    which would be trained twice.
+    """
+
+    def __init__(self, rows: Sequence[Row], *, batch: int) -> None:
+        blank: Row = [BLANK] if isinstance(rows[0], list) else BLANK
+        super().__init__([*rows, *[blank] * (-len(rows) % batch)])
+        self.real = len(rows)
+
+
+class BlanksLast(SeedableRandomSampler):  # type: ignore[misc]  # accelerate has no types
+    """Shuffle the rows of an epoch as accelerate does; the blanks behind them stay there."""
+
+    def __init__(self, rows: Rows) -> None:
+        super().__init__(range(rows.real))
+        self._blanks = range(rows.real, len(rows))
+
+    def __iter__(self) -> Iterator[int]:
+        yield from super().__iter__()
+        yield from self._blanks
+
+    def __len__(self) -> int:
+        return super().__len__() + len(self._blanks)
 
 
 def collate_counted(
@@ -16,4 +47,5 @@ def collate_counted(
 
 
 def _tokens(row: Row) -> int:
-    return sum(len(example.tokens) for example in (row if isinstance(row, list) else [row]))
+    examples = row if isinstance(row, list) else [row]
+    return sum(len(example.tokens) for example in examples if example.counted)

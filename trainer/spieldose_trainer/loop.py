@@ -16,6 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from spieldose_kernels.base import pick_device
 from spieldose_kernels.delta_file import write_delta
+from spieldose_trainer.batches import BlanksLast
 from spieldose_trainer.callbacks import Recorder
 from spieldose_trainer.checkpoints import DELTA, RUN_STATE, keep_only
 from spieldose_trainer.config import TrainConfig
@@ -69,6 +70,12 @@ class Loop(HuggingFaceTrainer):
             self.train(resume_from_checkpoint=str(checkpoint))
         else:
             self.state = saved
+
+    def get_train_dataloader(self) -> Any:
+        """Return the batches of this process, as many and as large as every other's."""
+        loader: Any = super().get_train_dataloader()
+        loader.set_sampler(BlanksLast(self.train_dataset))
+        return loader
 
     def training_step(
         self, model: Any, inputs: Any, num_items_in_batch: Any = None

@@ -19,7 +19,7 @@ from spieldose_kernels.base import Base, load_base, load_tokenizer, pick_compute
 from spieldose_kernels.checkpoint import find_checkpoint, target_shapes
 from spieldose_kernels.delta import Adapter
 from spieldose_kernels.delta_file import read_delta, write_delta
-from spieldose_trainer.batches import collate_counted
+from spieldose_trainer.batches import Rows, collate_counted
 from spieldose_trainer.callbacks import Evaluating, Progress, Recorder, StopOnInterrupt
 from spieldose_trainer.checkpoints import DELTA, PROCESSES, newest_checkpoint
 from spieldose_trainer.config import TrainConfig
@@ -172,8 +172,9 @@ class Trainer:
             check_separation(self.base.model)
             rows = list(pack(self.examples, max_length=self.examples.limit, seed=config.seed))
         arguments = self._arguments
-        per_update = config.batch_size * config.accumulation * arguments.world_size
-        updates = config.max_steps or math.ceil(config.epochs * math.ceil(len(rows) / per_update))
+        together = config.batch_size * arguments.world_size
+        per_epoch = math.ceil(len(rows) / (together * config.accumulation))
+        updates = config.max_steps or math.ceil(config.epochs * per_epoch)
         arguments.max_steps = updates
         arguments.warmup_steps = math.ceil(config.warmup * updates)
         updater = make_updater(config, self.model.layers)
@@ -194,7 +195,7 @@ class Trainer:
             settings=self._settings,
             pad=pad,
             args=arguments,
-            train_dataset=rows,
+            train_dataset=Rows(rows, batch=together if arguments.world_size > 1 else 1),
             data_collator=partial(
                 collate_counted, collate=collate_packed if config.packing else collate, pad=pad
             ),
