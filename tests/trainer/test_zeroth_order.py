@@ -128,6 +128,15 @@ def test_a_run_lowers_the_loss(configure: Configure) -> None:
     assert sum(losses[-20:]) < 0.95 * sum(losses[:20])
 
 
+def test_dropout_has_no_part_in_the_slope(configure: Configure) -> None:
+    with_dropout, without = (
+        Trainer(configure(method="zo", selector="random", max_steps=3)) for _ in range(2)
+    )
+    for layer in with_dropout.base.model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    assert with_dropout.train().losses == without.train().losses
+
+
 def test_accumulated_batches_move_as_one_big_batch(configure: Configure) -> None:
     settings: dict[str, Any] = {"method": "zo", "selector": "random", "max_steps": 2}
     whole = Trainer(configure(batch_size=10, **settings))

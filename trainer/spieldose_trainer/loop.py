@@ -22,7 +22,7 @@ from spieldose_trainer.checkpoints import DELTA, RUN_STATE, keep_only
 from spieldose_trainer.config import TrainConfig
 from spieldose_trainer.data import Example
 from spieldose_trainer.errors import CheckpointError, NonFiniteLoss
-from spieldose_trainer.evaluation import evaluate
+from spieldose_trainer.evaluation import evaluate, evaluating
 from spieldose_trainer.memory import MemoryTable
 from spieldose_trainer.model import SparseModel
 from spieldose_trainer.ranks import mean_over_ranks
@@ -93,14 +93,13 @@ class Loop(HuggingFaceTrainer):
             )
         return loss
 
-    @torch.no_grad()
     def _two_forward_passes(self, model: Any, inputs: Any, num_items_in_batch: Any) -> torch.Tensor:
+        """Compare both losses without dropout, as MeZO does: it would differ between them."""
         assert isinstance(self.updater, ZerothOrder)
-        model.train()
         inputs = self._prepare_inputs(inputs)
         losses = torch.zeros(2, dtype=torch.float64)
         for i, sign in enumerate((1, -1)):
-            with self.updater.perturbed(sign):
+            with self.updater.perturbed(sign), evaluating(model):
                 loss: Any = self.compute_loss(
                     model, dict(inputs), num_items_in_batch=num_items_in_batch
                 )
