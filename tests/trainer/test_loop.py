@@ -14,7 +14,7 @@ from spieldose_trainer.support import flat_positions
 from spieldose_trainer.trainer import Trainer
 
 from .configuration import Configure
-from .runs import adapter_of, assert_same_run, interrupt, run, write_lines
+from .runs import adapter_of, assert_same_deltas, assert_same_run, interrupt, run, write_lines
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -188,7 +188,7 @@ def test_patience_ends_a_run_that_gets_no_better(configure: Configure, held_out:
 
 
 def test_a_run_out_of_patience_does_not_go_on_when_it_is_resumed(
-    configure: Configure, held_out: Path, monkeypatch: pytest.MonkeyPatch
+    configure: Configure, held_out: Path
 ) -> None:
     config = {
         "eval_data": held_out,
@@ -196,15 +196,14 @@ def test_a_run_out_of_patience_does_not_go_on_when_it_is_resumed(
         "learning_rate": 0.1,
         "patience": 2,
         "max_steps": 30,
-        "checkpoint_every": 1,
     }
     stopped = Trainer(configure(**config))  # and never saved
     updates = len(stopped.train().losses)
     assert updates < 30
+    expected = stopped.adapter()
     resumed = run(configure(**config, resume=True))
     assert len(resumed.losses) == updates
-    for name, delta in adapter_of(resumed).modules.items():
-        assert torch.equal(delta.flat(), stopped.adapter().modules[name].flat())
+    assert_same_deltas(adapter_of(resumed), expected)
 
 
 def test_what_an_earlier_run_left_is_not_taken_for_the_best(

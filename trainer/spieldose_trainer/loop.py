@@ -135,7 +135,9 @@ class Loop(HuggingFaceTrainer):
             metrics["eval_exact_match"] = found.exact_match
         self.log(dict(metrics))
         self.control.should_evaluate = False  # or it would be done again at the end of an epoch
-        self.control.should_training_stop |= self._out_of_patience()
+        if self._out_of_patience():
+            self.control.should_training_stop = True
+            self.control.should_save = True  # as after the last update, should `save` fail
         return metrics
 
     def _out_of_patience(self) -> bool:
