@@ -73,6 +73,37 @@ def test_clipping_limits_the_norm_of_the_values_gradient(configure: Configure) -
     assert clipped.norms == pytest.approx([0.05] * 6, rel=1e-4)
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_newcomers_moments_are_of_clipped_gradients_as_the_survivors_are(
+    configure: Configure, accumulation: int
+) -> None:
+    settings = {"accumulation": accumulation, "max_steps": 2, "selection_steps": 1}
+    norms, free, clipped = Norms(), Moments(1), Moments(1)
+    run(configure(**settings), norms, free)
+    run(configure(**settings, clip=0.05), clipped)
+    factor = 0.05 / norms.norms[0]
+    assert factor < 1
+    for name, moments in free.found.items():
+        for moment, power in (("exp_avg", 1), ("exp_avg_sq", 2)):
+            torch.testing.assert_close(
+                clipped.found[name][moment], moments[moment] * factor**power, rtol=1e-3, atol=0
+            )
+
+
+class Moments(TrainerCallback):
+    """Keep Adam's moments as they are after one update."""
+
+    def __init__(self, update: int) -> None:
+        self.update = update
+        self.found: dict[str, dict[str, torch.Tensor]] = {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.update:
+            moments = kwargs["optimizer"].optimizer.moments
+            for name, layer in kwargs["model"].layers.items():
+                self.found[name] = {k: v.clone() for k, v in moments(layer.values).items()}
+
+
 @pytest.mark.parametrize("method", ["spiel-ag", "spiel-ma"])
 def test_recomputed_activations_change_nothing(configure: Configure, method: MethodName) -> None:
     kept, recomputed = (

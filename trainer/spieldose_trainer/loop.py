@@ -109,6 +109,13 @@ class Loop(HuggingFaceTrainer):
         self.updater.observe(*losses.tolist())
         return losses.mean().float()
 
+    def _clip_grad_norm(self, model: Any) -> Any:
+        norm = super()._clip_grad_norm(model)
+        # as torch.nn.utils.clip_grad_norm_ has just scaled the values' own
+        factor = min(1.0, self.args.max_grad_norm / (float(norm) + 1e-6))
+        self.recorder.selector.scale_update(factor)
+        return norm
+
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Measure the held-out examples, remember the best deltas, and end the run in time."""
         found = evaluate(

@@ -58,6 +58,11 @@ class AccumulatedGradients(Spiel):
         for name, watcher in self.candidates.items():
             self.layers[name].probe = watcher.observe
 
+    def scale_update(self, factor: float) -> None:
+        """Scale the candidates' gradients of the running update: they become seeds of moments."""
+        for watcher in self.candidates.values():
+            watcher.scale_update(factor)
+
     def end_update(self, update: int) -> int:
         """Close the update, after the values moved; return how many entries were replaced."""
         for name, watcher in self.candidates.items():

@@ -73,6 +73,10 @@ class Candidates:
                 dy, x, row_starts=self._support.row_starts, columns=self._support.columns.int()
             ).float()
 
+    def scale_update(self, factor: float) -> None:
+        """Scale the gradient gathered since the last sample."""
+        self._update *= factor
+
     @torch.no_grad()
     def finish_update(self) -> None:
         """Count the gradient gathered since the last call as one sample."""

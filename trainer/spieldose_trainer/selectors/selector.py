@@ -22,6 +22,9 @@ class Selector:
     def begin_update(self, update: int) -> None:
         """Prepare for the backward passes of an update."""
 
+    def scale_update(self, factor: float) -> None:
+        """Scale what was seen of the running update's gradient as clipping scaled the values'."""
+
     def end_update(self, update: int) -> int:
         """Change the support if it is time; return how many entries were replaced."""
         return 0
