@@ -18,9 +18,10 @@ import torch
 from transformers import AutoTokenizer, TrainerCallback
 
 from spieldose_kernels.errors import BaseError, SpieldoseError
-from spieldose_trainer import command_line, trainer
+from spieldose_trainer import command_line, loop, trainer
 from spieldose_trainer.checkpoints import newest_checkpoint
 from spieldose_trainer.errors import CheckpointError, ConfigError, DataError, NonFiniteLoss
+from spieldose_trainer.evaluation import Evaluation
 from spieldose_trainer.trainer import Result, Trainer
 
 from .configuration import Configure, configuration
@@ -249,6 +250,35 @@ def test_a_disk_too_full_for_the_best_deltas_ends_the_run_in_one_line(
     assert newest_checkpoint(config.checkpoints) == config.checkpoints / "checkpoint-2"
 
 
+@pytest.mark.parametrize("left", [None, 0.5])
+def test_best_deltas_that_are_gone_are_not_passed_over_in_silence(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, left: float | None
+) -> None:
+    evaluated_as(monkeypatch, 3.0, 1.0, 2.0)  # before the first update, after 5 and 10
+    config = configure(eval_data=configure().data, eval_every=5)
+    finished = Trainer(config)
+    finished.train()
+    cut_short(config.best, left)
+    with pytest.raises(CheckpointError) as error:
+        finished.save()
+    said = str(error.value)
+    assert said.startswith(f"{config.best}: expected the deltas of update 5, whose held-out loss ")
+    assert "\n" not in said
+    assert not config.out.exists()
+
+
+def test_best_deltas_that_are_the_last_need_no_file(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluated_as(monkeypatch, 3.0, 2.0)
+    config = configure(eval_data=configure().data)
+    finished = Trainer(config)
+    finished.train()
+    config.best.unlink()
+    finished.save()
+    assert config.out.exists()
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_at_its_last_good_checkpoint(
     configure: Configure, unbroken: Result
 ) -> None:
@@ -466,6 +496,12 @@ def test_a_setting_out_of_range_is_refused_with_its_name(
     words = f"--base {config.base} --data {config.data} --out {config.out} --{option} {value}"
     with pytest.raises(SpieldoseError, match=rf"^{option} must be .*, got {float(value):g}"):
         command_line.train(words.split())
+
+
+def evaluated_as(monkeypatch: pytest.MonkeyPatch, *losses: float) -> None:
+    """Let a run's evaluations find these losses."""
+    looks = iter([Evaluation(loss=loss, tokens=1, exact_match=None) for loss in losses])
+    monkeypatch.setattr(loop, "evaluate", lambda *_, **__: next(looks))
 
 
 def cut_short(path: Path, left: float | None) -> None:

@@ -5,7 +5,8 @@ SpieldoseError
     ├── ConfigError     a setting is out of range
     ├── DataError       a line of the data cannot be used
     ├── NonFiniteLoss   the loss is infinite or not a number; the last checkpoint is good
-    ├── CheckpointError a checkpoint or delta file cannot be written; the one before it is intact
+    ├── CheckpointError a checkpoint or delta file cannot be written, the one before it is intact;
+    │                   or the best deltas cannot be read again
     ├── Interrupted     stopped on request; a checkpoint is there to resume from
     └── ConversionError a foreign adapter cannot become a delta, or the other way round
 """
@@ -30,7 +31,7 @@ class NonFiniteLoss(TrainerError):
 
 
 class CheckpointError(TrainerError):
-    """A checkpoint or a delta file cannot be written."""
+    """A checkpoint or a delta file cannot be written, or not be read again."""
 
 
 class Interrupted(TrainerError):

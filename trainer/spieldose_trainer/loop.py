@@ -15,7 +15,8 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from spieldose_kernels.base import pick_device
-from spieldose_kernels.delta_file import write_delta
+from spieldose_kernels.delta_file import read_delta, write_delta
+from spieldose_kernels.errors import DeltaError
 from spieldose_trainer.batches import BlanksLast
 from spieldose_trainer.callbacks import Recorder
 from spieldose_trainer.checkpoints import DELTA, RUN_STATE, keep_only
@@ -55,6 +56,7 @@ class Loop(HuggingFaceTrainer):
         self._config = config
         self._settings = settings
         self._pad = pad
+        self._loaded: int | None = None  # update whose deltas `load_best` took over
 
     def run(self, checkpoint: Path | None) -> None:
         """Train to the last update, from a checkpoint if there is one."""
@@ -131,11 +133,9 @@ class Loop(HuggingFaceTrainer):
         loss = float(mean_over_ranks(torch.tensor(found.loss, dtype=torch.float64)))
         if not math.isfinite(loss):
             raise NonFiniteLoss(f"update {update}: expected a finite held-out loss, got {loss}")
-        best = min((look.loss for look in self.recorder.log.evaluations), default=math.inf)
-        self.recorder.log.append(
-            Evaluation(update=update, loss=loss, exact_match=found.exact_match)
-        )
-        if self.args.should_save and loss < best:
+        look = Evaluation(update=update, loss=loss, exact_match=found.exact_match)
+        self.recorder.log.append(look)
+        if self.args.should_save and self.recorder.log.best is look:
             self._write_best()
         metrics = {"eval_loss": loss}
         if found.exact_match is not None:
@@ -162,6 +162,24 @@ class Loop(HuggingFaceTrainer):
                 f"update {self.state.global_step}: expected to write {self._config.best}, "
                 f"got: {error}; the last checkpoint is left as it was"
             ) from error
+
+    def load_best(self) -> None:
+        """Take over the deltas whose held-out loss was lowest, if any was measured.
+
+        Raises CheckpointError if they are no longer there.
+        """
+        best = self.recorder.log.best
+        if best is None or best.update in (self.state.global_step, self._loaded):
+            return
+        try:
+            saved = read_delta(self._config.best.read_bytes(), self.sparse_model.base.spec)
+        except (OSError, DeltaError) as error:
+            raise CheckpointError(
+                f"{self._config.best}: expected the deltas of update {best.update}, whose held-out "
+                f"loss was lowest, got: {error}"
+            ) from error
+        self.sparse_model.load(saved)
+        self._loaded = best.update
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         update = self.state.global_step

@@ -58,6 +58,11 @@ class RunLog:
             case Evaluation():
                 self.evaluations.append(record)
 
+    @property
+    def best(self) -> Evaluation | None:
+        """Return the evaluation of the lowest loss, of equal ones the first."""
+        return min(self.evaluations, key=lambda look: look.loss, default=None)
+
     def state_dict(self) -> dict[str, dict[str, list[Any]]]:
         """Return the records as plain data: for each kind, one list per field."""
         return {

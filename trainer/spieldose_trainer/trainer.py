@@ -111,10 +111,12 @@ class Trainer:
         return Result(self.config.out, self._loop.recorder.log, self.model)
 
     def adapter(self) -> Adapter:
-        """Return the trained deltas: those of the lowest held-out loss, if there was any."""
+        """Return the trained deltas: those of the lowest held-out loss, if there was any.
+
+        Raises CheckpointError if these cannot be read.
+        """
         config = self.config
-        if self.held_out and config.best.exists():
-            self.model.load(read_delta(config.best.read_bytes()))
+        self._loop.load_best()
         return self.model.adapter(
             method=config.method,
             description=config.description,
@@ -150,7 +152,7 @@ class Trainer:
         if recorder.memory is None:  # not trained
             return
         looks = recorder.log.evaluations
-        newest = not looks or min(looks, key=lambda look: look.loss) is looks[-1]
+        newest = not looks or recorder.log.best is looks[-1]
         born = {name: layer.born.cpu() for name, layer in self.model.layers.items()}
         peak = max(recorder.memory.peak, peak_bytes(self.base.model.device))
         self.memory = replace(recorder.memory, peak=peak)
