@@ -40,6 +40,7 @@ SHAPES = {
     for block in range(2)
     for kind, shape in (("self_attn.q_proj", (16, 16)), ("mlp.up_proj", (24, 16)))
 }
+NEVER_CHANGED = {name: torch.zeros(20, dtype=torch.int16) for name in SHAPES}  # the support
 MEMORY = MemoryTable(
     entries=100,
     value=400,
@@ -88,10 +89,11 @@ def log_of(updates: int) -> RunLog:
 
 def run(**changes: Any) -> dict[str, Any]:
     """Return what a report of an ordinary run is made from, but for what is given."""
+    adapter = changes.get("adapter", adapter_of(SHAPES))
     return {
-        "adapter": adapter_of(SHAPES),
+        "adapter": adapter,
         "log": log_of(30),
-        "born": {name: torch.arange(20, dtype=torch.int16) % 4 for name in SHAPES},
+        "born": {name: torch.arange(20, dtype=torch.int16) % 4 for name in adapter.modules},
         "settings": CONFIG(density=0.05).settings(),
         "memory": MEMORY,
     } | changes
@@ -143,7 +145,7 @@ def test_the_page_shows_every_plot_there_is_data_for(ordinary: Path) -> None:
 
 
 def test_the_page_of_a_run_without_updates_shows_the_delta_alone() -> None:
-    shown = page(summary_of(log=RunLog(), born=None))
+    shown = page(summary_of(log=RunLog(), born=NEVER_CHANGED))
     assert re.findall("<h2>(.*?)</h2>", shown)[:2] == list(PLOTS[-2:])
 
 
@@ -156,9 +158,7 @@ def test_a_plot_without_data_is_not_made() -> None:
 
 
 def test_a_support_that_never_changed_has_no_ages() -> None:
-    assert summary_of(born=None).ages is None
-    born = {name: torch.zeros(20, dtype=torch.int16) for name in SHAPES}
-    assert summary_of(born=born).ages is None
+    assert summary_of(born=NEVER_CHANGED).ages is None
 
 
 def test_curves_without_data_are_left_out_of_the_loss_plot() -> None:
@@ -210,7 +210,7 @@ def test_the_numbers_hold_every_module() -> None:
 
 
 def test_ages_are_shares_of_all_entries() -> None:
-    born = {name: torch.zeros(20, dtype=torch.int16) for name in SHAPES}
+    born = {name: zeros.clone() for name, zeros in NEVER_CHANGED.items()}
     born["model.layers.1.mlp.up_proj"][:] = 3
     born["model.layers.0.mlp.up_proj"][:5] = 1
     assert numbers_of(born=born)["ages"] == pytest.approx([55 / 80, 5 / 80, 0.0, 20 / 80])
@@ -295,7 +295,7 @@ def test_a_report_can_be_written_in_threads_and_leaves_matplotlib_as_it_was(
 def test_a_long_run_of_a_deep_model_stays_below_a_megabyte() -> None:
     kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     shapes = {f"model.layers.{block}.{kind}": (8, 8) for block in range(80) for kind in kinds}
-    text = page(summary_of(adapter=adapter_of(shapes), log=log_of(6000), born=None))
+    text = page(summary_of(adapter=adapter_of(shapes), log=log_of(6000)))
     assert len(text.encode()) < 1_000_000
 
 
@@ -310,7 +310,7 @@ def test_a_support_that_changes_with_every_update_is_drawn_in_few_shapes() -> No
 
 
 def test_modules_outside_the_blocks_are_shown_too() -> None:
-    summary = summary_of(adapter=adapter_of(SHAPES | {"lm_head": (32, 16)}), born=None)
+    summary = summary_of(adapter=adapter_of(SHAPES | {"lm_head": (32, 16)}))
     plot = place_plot(summary.modules)
     assert "lm_head</" in plot.svg
     assert re.findall(r">(0|1|other)</text>", plot.svg) == ["0", "1", "other"]
@@ -319,7 +319,7 @@ def test_modules_outside_the_blocks_are_shown_too() -> None:
 
 def test_names_are_drawn_as_they_are_and_without_warnings() -> None:
     adapter = adapter_of({"a.0.$x_1$<b>": (8, 8), "a.0.重み": (8, 8)})
-    plot = place_plot(summary_of(adapter=adapter, born=None).modules)
+    plot = place_plot(summary_of(adapter=adapter).modules)
     assert "$x_1$&lt;b&gt;</" in plot.svg
 
 

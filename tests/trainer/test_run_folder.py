@@ -2,17 +2,20 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import TrainerCallback
 
 from spieldose_trainer import command_line, loop, trainer
-from spieldose_trainer.errors import CheckpointError
+from spieldose_trainer.errors import CheckpointError, Interrupted
 from spieldose_trainer.evaluation import Evaluation
 from spieldose_trainer.trainer import Trainer, train
 
 from .configuration import Configure, configuration
-from .runs import run
+from .runs import Interrupt, run
 
 
 def test_the_folder_holds_the_delta_file_and_the_report(configure: Configure) -> None:
@@ -58,16 +61,39 @@ def test_spiel_ma_keeps_no_state_per_value(configure: Configure) -> None:
     assert momentum.moments <= gradients.moments / 2
 
 
-def test_ages_are_left_out_where_the_best_deltas_had_another_support(
-    configure: Configure, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_ages_are_those_of_the_best_deltas(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, interrupted: bool
 ) -> None:
+    """With phases 1-2, 5-6 and 9-10 the support changes twice more after the best."""
     seen = []
     monkeypatch.setattr(trainer, "write_report", lambda *_, born, **__: seen.append(born))
-    for losses in ([3.0, 2.0, 1.0], [3.0, 1.0, 2.0]):  # before the first update, after 5 and 10
-        looks = iter([Evaluation(loss=loss, tokens=1, exact_match=None) for loss in losses])
-        monkeypatch.setattr(loop, "evaluate", lambda *_, looks=looks, **__: next(looks))
-        run(configure(eval_data=configure().data, eval_every=5))
-    assert seen[0] is not None and seen[1] is None
+    looks = iter([Evaluation(loss=loss, tokens=1, exact_match=None) for loss in (3, 1, 2, 2)])
+    monkeypatch.setattr(loop, "evaluate", lambda *_, **__: next(looks))
+    settings = {"eval_data": configure().data, "eval_every": 5}
+    best = Born(5)
+    if interrupted:
+        with pytest.raises(Interrupted):
+            run(configure(**settings), best, Interrupt(7))
+    result = run(configure(**settings, resume=interrupted), *([] if interrupted else [best]))
+    assert [look.update for look in result.log.evaluations] == [0, 5, 10]
+    (found,) = seen
+    assert found.keys() == best.born.keys()
+    assert all(torch.equal(found[name], born) for name, born in best.born.items())
+    assert {int(born.max()) for born in found.values()} == {1}
+
+
+class Born(TrainerCallback):
+    """Keep the ages of a support as they are after one update."""
+
+    def __init__(self, update: int) -> None:
+        self.update = update
+        self.born: dict[str, torch.Tensor] = {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.update:
+            layers = kwargs["model"].layers
+            self.born = {name: layer.born.clone() for name, layer in layers.items()}
 
 
 def test_a_plan_loads_nothing(

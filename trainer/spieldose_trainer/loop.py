@@ -56,6 +56,7 @@ class Loop(HuggingFaceTrainer):
         self._config = config
         self._settings = settings
         self._pad = pad
+        self._best_born: dict[str, torch.Tensor] = {}  # `born` of the best deltas
         self._loaded: int | None = None  # update whose deltas `load_best` took over
 
     def run(self, checkpoint: Path | None) -> None:
@@ -135,8 +136,11 @@ class Loop(HuggingFaceTrainer):
             raise NonFiniteLoss(f"update {update}: expected a finite held-out loss, got {loss}")
         look = Evaluation(update=update, loss=loss, exact_match=found.exact_match)
         self.recorder.log.append(look)
-        if self.args.should_save and self.recorder.log.best is look:
-            self._write_best()
+        if self.recorder.log.best is look:
+            layers = self.sparse_model.layers
+            self._best_born = {name: layer.born.clone() for name, layer in layers.items()}
+            if self.args.should_save:
+                self._write_best()
         metrics = {"eval_loss": loss}
         if found.exact_match is not None:
             metrics["eval_exact_match"] = found.exact_match
@@ -179,6 +183,8 @@ class Loop(HuggingFaceTrainer):
                 f"loss was lowest, got: {error}"
             ) from error
         self.sparse_model.load(saved)
+        for name, born in self._best_born.items():
+            self.sparse_model.layers[name].born.copy_(born)
         self._loaded = best.update
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -216,6 +222,7 @@ class Loop(HuggingFaceTrainer):
             "log": self.recorder.log.state_dict(),
             "memory": asdict(self.recorder.memory) if self.recorder.memory else None,
             "born": {name: layer.born for name, layer in self.sparse_model.layers.items()},
+            "best_born": self._best_born,
         }
         torch.save(state, directory / RUN_STATE)
 
@@ -230,6 +237,7 @@ class Loop(HuggingFaceTrainer):
         self.recorder.memory = MemoryTable.of(state["memory"]) if state["memory"] else None
         for name, layer in self.sparse_model.layers.items():
             layer.born.copy_(state["born"][name])
+        self._best_born = state["best_born"]
 
     def _prepare_for_training(self, *arguments: Any, **settings: Any) -> Any:
         with warnings.catch_warnings():  # accelerate 1.15 does not know the setting's new name

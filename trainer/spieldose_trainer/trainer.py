@@ -151,16 +151,13 @@ class Trainer:
         _link(config.out, config.folder / config.out.name)
         if recorder.memory is None:  # not trained
             return
-        looks = recorder.log.evaluations
-        newest = not looks or recorder.log.best is looks[-1]
-        born = {name: layer.born.cpu() for name, layer in self.model.layers.items()}
         peak = max(recorder.memory.peak, peak_bytes(self.base.model.device))
         self.memory = replace(recorder.memory, peak=peak)
         write_report(
             config.folder,
             adapter=adapter,
             log=recorder.log,
-            born=born if newest else None,  # earlier deltas had another support
+            born={name: layer.born.cpu() for name, layer in self.model.layers.items()},
             settings=config.settings(),
             memory=self.memory,
         )

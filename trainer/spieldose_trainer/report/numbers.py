@@ -26,7 +26,7 @@ def as_json(summary: Summary) -> dict[str, Any]:
     - time: seconds, tokens, tokens_per_second, updates; see `Summary.seconds` for what counts
     - log: updates, reselections, evaluations, each with one list per field (`RunLog.state_dict`)
     - ages: [share of the final support that joined at reselection 0, 1, …], 0 the first support;
-      null if the support never changed or nobody kept count
+      null if the support never changed
     - modules: by name: kind, block (null outside the decoder), shape [R, C], entries, density, norm
     - magnitudes: `all` and by kind: log10_edges [n + 1], counts [n] of |δ|, zeros
     - memory: entries, then bytes: value, position, gradient, moments, total, peak;

@@ -58,7 +58,7 @@ def summarise(
     adapter: Adapter,
     log: RunLog,
     *,
-    born: Mapping[str, torch.Tensor] | None,
+    born: Mapping[str, torch.Tensor],
     settings: Mapping[str, str],
     memory: MemoryTable,
 ) -> Summary:
@@ -81,7 +81,7 @@ def summarise(
         settings=settings,
         memory=memory,
         modules=modules,
-        ages=None if born is None else _ages(adapter, born),
+        ages=_ages(adapter, born),
         magnitudes=magnitudes,
     )
 

@@ -21,15 +21,15 @@ def write_report(
     *,
     adapter: Adapter,
     log: RunLog,
-    born: Mapping[str, torch.Tensor] | None,
+    born: Mapping[str, torch.Tensor],
     settings: Mapping[str, str],
     memory: MemoryTable,
 ) -> None:
     """Write `report.json` and `report.html`, each whole or not at all.
 
     `born` is [Z] int16 by module, aligned with the adapter's entries: the number of the reselection
-    at which each joined, 0 for the first support; None if nobody kept count. `settings` are the
-    fields of a TrainConfig as text. The keys of `report.json`: `numbers.as_json`.
+    at which each joined, 0 for the first support. `settings` are the fields of a TrainConfig as
+    text. The keys of `report.json`: `numbers.as_json`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     summary = summarise(adapter, log, born=born, settings=settings, memory=memory)
