@@ -12,8 +12,10 @@ from transformers import TrainerCallback
 
 from spieldose_kernels.delta import Adapter
 from spieldose_kernels.delta_file import read_delta
+from spieldose_trainer import loop
 from spieldose_trainer.config import TrainConfig
 from spieldose_trainer.errors import Interrupted
+from spieldose_trainer.evaluation import Evaluation
 from spieldose_trainer.trainer import Result, Trainer
 
 
@@ -42,6 +44,12 @@ def interrupt(config: TrainConfig, *, update: int, base: Any = None) -> None:
     """Train up to this update and leave a checkpoint."""
     with pytest.raises(Interrupted):
         run(config, Interrupt(update), base=base)
+
+
+def evaluated_as(monkeypatch: pytest.MonkeyPatch, *losses: float) -> None:
+    """Let a run's evaluations find these losses."""
+    looks = iter([Evaluation(loss=loss, tokens=1, exact_match=None) for loss in losses])
+    monkeypatch.setattr(loop, "evaluate", lambda *_, **__: next(looks))
 
 
 def adapter_of(result: Result) -> Adapter:

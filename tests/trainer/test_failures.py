@@ -18,14 +18,13 @@ import torch
 from transformers import AutoTokenizer, TrainerCallback
 
 from spieldose_kernels.errors import BaseError, SpieldoseError
-from spieldose_trainer import command_line, loop, trainer
+from spieldose_trainer import command_line, trainer
 from spieldose_trainer.checkpoints import newest_checkpoint
 from spieldose_trainer.errors import CheckpointError, ConfigError, DataError, NonFiniteLoss
-from spieldose_trainer.evaluation import Evaluation
 from spieldose_trainer.trainer import Result, Trainer
 
 from .configuration import Configure, configuration
-from .runs import assert_same_run, interrupt, run, write_lines
+from .runs import assert_same_run, evaluated_as, interrupt, run, write_lines
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -496,12 +495,6 @@ def test_a_setting_out_of_range_is_refused_with_its_name(
     words = f"--base {config.base} --data {config.data} --out {config.out} --{option} {value}"
     with pytest.raises(SpieldoseError, match=rf"^{option} must be .*, got {float(value):g}"):
         command_line.train(words.split())
-
-
-def evaluated_as(monkeypatch: pytest.MonkeyPatch, *losses: float) -> None:
-    """Let a run's evaluations find these losses."""
-    looks = iter([Evaluation(loss=loss, tokens=1, exact_match=None) for loss in losses])
-    monkeypatch.setattr(loop, "evaluate", lambda *_, **__: next(looks))
 
 
 def cut_short(path: Path, left: float | None) -> None:

@@ -1,6 +1,7 @@
 """What a run leaves beside its delta file, and what a plan says before there is a run."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,12 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
 
-from spieldose_trainer import command_line, loop, trainer
+from spieldose_trainer import command_line, trainer
 from spieldose_trainer.errors import CheckpointError, Interrupted
-from spieldose_trainer.evaluation import Evaluation
 from spieldose_trainer.trainer import Trainer, train
 
 from .configuration import Configure, configuration
-from .runs import Interrupt, run
+from .runs import Interrupt, evaluated_as, run
 
 
 def test_the_folder_holds_the_delta_file_and_the_report(configure: Configure) -> None:
@@ -68,8 +68,7 @@ def test_ages_are_those_of_the_best_deltas(
     """With phases 1-2, 5-6 and 9-10 the support changes twice more after the best."""
     seen = []
     monkeypatch.setattr(trainer, "write_report", lambda *_, born, **__: seen.append(born))
-    looks = iter([Evaluation(loss=loss, tokens=1, exact_match=None) for loss in (3, 1, 2, 2)])
-    monkeypatch.setattr(loop, "evaluate", lambda *_, **__: next(looks))
+    evaluated_as(monkeypatch, 3, 1, 2)
     settings = {"eval_data": configure().data, "eval_every": 5}
     best = Born(5)
     if interrupted:
@@ -81,6 +80,31 @@ def test_ages_are_those_of_the_best_deltas(
     assert found.keys() == best.born.keys()
     assert all(torch.equal(found[name], born) for name, born in best.born.items())
     assert {int(born.max()) for born in found.values()} == {1}
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        ((1, 2), "; deltas of update 0, whose held-out loss was lowest: all zero; report: "),
+        ((2, 1), "; deltas of update 3, whose held-out loss was lowest; report: "),
+        ((), "; report: "),
+    ],
+)
+@pytest.mark.usefixtures("no_report")
+def test_the_command_says_which_deltas_it_wrote(
+    configure: Configure,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    losses: tuple[float, ...],
+    said: str,
+) -> None:
+    evaluated_as(monkeypatch, *losses)
+    config = configure()
+    words = f"--base {config.base} --data {config.data} --out {config.out} --max-steps 3"
+    command_line.train([*words.split(), *(["--eval-data", str(config.data)] if losses else [])])
+    first, *_ = capsys.readouterr().out.splitlines()
+    number = r"loss \d+\.\d{4}"
+    assert re.search(number + re.escape(f"{said}{config.folder}/report.html") + "$", first)
 
 
 class Born(TrainerCallback):

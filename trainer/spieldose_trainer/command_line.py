@@ -10,6 +10,7 @@ from spieldose_trainer.config import TrainConfig
 
 if TYPE_CHECKING:
     from spieldose_trainer.data import Examples
+    from spieldose_trainer.trainer import Result
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -37,7 +38,8 @@ def train(arguments: Sequence[str]) -> None:
         size = result.file.stat().st_size / 1e6
         print(
             f"{result.file}: {result.model.density:.2%} of the target weights, {size:.1f} MB, "
-            f"loss {result.losses[-1]:.4f}; report: {config.folder / 'report.html'}"
+            f"loss {result.losses[-1]:.4f}{_choice(result)}; report: "
+            f"{config.folder / 'report.html'}"
         )
         if trainer.memory is not None:
             print_memory(trainer.memory, Console())
@@ -50,6 +52,15 @@ def _print_plan(config: TrainConfig) -> None:
     from spieldose_trainer.planning import make_plan
 
     print_plan(make_plan(config), Console())
+
+
+def _choice(result: "Result") -> str:
+    """Say which update's deltas were written, if a held-out loss chose them."""
+    best = result.log.best
+    if best is None:
+        return ""
+    nothing = ": all zero" if result.model.is_zero() else ""
+    return f"; deltas of update {best.update}, whose held-out loss was lowest{nothing}"
 
 
 def _report_too_long(path: Path | None, examples: "Examples") -> None:

@@ -62,6 +62,10 @@ class SparseModel(nn.Module):
         """Say whether every value is a number that a delta file may hold."""
         return all(bool(layer.values.isfinite().all()) for layer in self.layers.values())
 
+    def is_zero(self) -> bool:
+        """Say whether the deltas change nothing."""
+        return not any(bool(layer.values.any()) for layer in self.layers.values())
+
     def forward(self, **inputs: Any) -> Any:
         """Run the base with its deltas; its loss, and logits only where that needs any."""
         return self.model(**counted_only(self.model, inputs), use_cache=False)
