@@ -132,6 +132,35 @@ def test_a_checkpoint_with_a_flipped_bit_is_passed_over(
     assert newest_checkpoint(tmp_path / "both") == tmp_path / "both" / "checkpoint-3"
 
 
+@pytest.mark.parametrize("file", ["optimizer.pt", "rng_state.pth", "run.pt", "scheduler.pt"])
+@pytest.mark.parametrize(
+    ("record", "offset", "bit"),
+    [
+        (b"PK\1\2", 8, 1),  # in the directory: an encrypted entry
+        (b"PK\1\2", 10, 8),  # a compressed one
+        (b"PK\6\6", 16, 1),  # at the end: the archive's second disk, which only PyTorch refuses
+    ],
+)
+def test_a_checkpoint_whose_archive_is_damaged_is_passed_over(
+    two_checkpoints: Path, tmp_path: Path, file: str, record: bytes, offset: int, bit: int
+) -> None:
+    shutil.copytree(two_checkpoints, tmp_path / "both")
+    path = tmp_path / "both" / "checkpoint-6" / file
+    content = bytearray(path.read_bytes())
+    content[content.rindex(record) + offset] ^= bit
+    path.write_bytes(content)
+    assert newest_checkpoint(tmp_path / "both") == tmp_path / "both" / "checkpoint-3"
+
+
+def test_a_checkpoint_without_the_loops_own_state_is_passed_over(
+    two_checkpoints: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(two_checkpoints, tmp_path / "both")
+    path = tmp_path / "both" / "checkpoint-6" / "trainer_state.json"
+    path.write_text(path.read_text().replace("TrainerControl", "TrainerContrOl"))
+    assert newest_checkpoint(tmp_path / "both") == tmp_path / "both" / "checkpoint-3"
+
+
 def test_a_run_goes_on_from_the_checkpoint_before_to_the_same_bits(
     configure: Configure, two_checkpoints: Path, unbroken: Result
 ) -> None:

@@ -1,14 +1,18 @@
 """A run's checkpoints on disk: which is the newest whole one, and which may go."""
 
 import os
+import pickle
 import shutil
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from transformers import TrainerState
+import torch
+from transformers import TrainerControl, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import safe_globals
 
 from spieldose_kernels.delta_file import read_delta
 from spieldose_kernels.errors import DeltaError
@@ -22,8 +26,11 @@ UNREADABLE: Final = (
     EOFError,
     ValueError,
     TypeError,
-    NotImplementedError,
+    LookupError,
+    RuntimeError,
     zipfile.BadZipFile,
+    zlib.error,
+    pickle.UnpicklingError,
     DeltaError,
 )
 
@@ -55,10 +62,13 @@ def _update(checkpoint: Path) -> int | None:
             with zipfile.ZipFile(checkpoint / name) as archive:  # as torch.save writes it
                 if archive.testzip() is not None:
                     return None
+            with safe_globals():  # NumPy's, of its random generator
+                torch.load(checkpoint / name, map_location="cpu", weights_only=True)
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        TrainerControl.from_state(state.stateful_callbacks[TrainerControl.__name__])
+        return int(state.global_step)
     except UNREADABLE:
         return None
-    return int(state.global_step)
 
 
 def _random_states(settings: Mapping[str, str]) -> list[str]:
