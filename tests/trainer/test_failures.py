@@ -86,6 +86,19 @@ class Limit(TrainerCallback):
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, resource.RLIM_INFINITY))
 
 
+class Barred(TrainerCallback):
+    """Put a file in a folder's place in one update."""
+
+    def __init__(self, update: int, folder: Path) -> None:
+        self.update = update
+        self.folder = folder
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step + 1 == self.update:
+            shutil.rmtree(self.folder)
+            self.folder.touch()
+
+
 @contextmanager
 def room_again() -> Iterator[None]:
     """Lift the limit at the end of the block."""
@@ -305,6 +318,31 @@ def test_best_deltas_that_are_the_last_need_no_file(
     config.best.unlink()
     finished.save()
     assert config.out.exists()
+
+
+def test_a_place_without_room_for_tensorboard_is_refused_before_training(
+    configure: Configure,
+) -> None:
+    config = configure()
+    config.folder.mkdir(parents=True)
+    (config.folder / "tensorboard").touch()
+    with pytest.raises(ConfigError, match=r"^out: expected to write to .*/tensorboard, got: "):
+        Trainer(config)
+    (config.folder / "tensorboard").unlink()
+    with room_again(), pytest.raises(ConfigError, match=r"^out: .* got: .*File too large"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
+        Trainer(config)
+
+
+def test_a_run_goes_on_when_tensorboards_file_can_no_longer_be_written(
+    configure: Configure, unbroken: Result, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = configure()
+    result = run(config, Barred(3, config.folder / "tensorboard"))
+    assert_same_run(result, unbroken)
+    said = capfd.readouterr().err
+    assert said.count("TensorBoard will not show the rest of this run: [Errno ") == 1
+    assert "Traceback" not in said
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_at_its_last_good_checkpoint(

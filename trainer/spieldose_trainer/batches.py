@@ -29,14 +29,14 @@ class BlanksLast(SeedableRandomSampler):  # type: ignore[misc]  # accelerate has
 
     def __init__(self, rows: Rows) -> None:
         super().__init__(range(rows.real))
-        self._blanks = range(rows.real, len(rows))
+        self._rows = rows
 
     def __iter__(self) -> Iterator[int]:
         yield from super().__iter__()
-        yield from self._blanks
+        yield from range(self._rows.real, len(self._rows))
 
     def __len__(self) -> int:
-        return super().__len__() + len(self._blanks)
+        return len(self._rows)
 
 
 def collate_counted(

@@ -17,7 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from spieldose_kernels.base import pick_device
 from spieldose_kernels.delta_file import read_delta, write_delta
 from spieldose_kernels.errors import DeltaError
-from spieldose_trainer.batches import BlanksLast
+from spieldose_trainer.batches import BlanksLast, Rows
 from spieldose_trainer.callbacks import Recorder
 from spieldose_trainer.checkpoints import DELTA, RUN_STATE, keep_only
 from spieldose_trainer.config import TrainConfig
@@ -77,6 +77,7 @@ class Loop(HuggingFaceTrainer):
     def get_train_dataloader(self) -> Any:
         """Return the batches of this process, as many and as large as every other's."""
         loader: Any = super().get_train_dataloader()
+        assert isinstance(self.train_dataset, Rows)
         loader.set_sampler(BlanksLast(self.train_dataset))
         return loader
 
@@ -113,7 +114,8 @@ class Loop(HuggingFaceTrainer):
         return losses.mean().float()
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        norm = super()._clip_grad_norm(model)
+        clip: Any = super()._clip_grad_norm
+        norm = clip(model)
         # as torch.nn.utils.clip_grad_norm_ has just scaled the values' own
         factor = min(1.0, self.args.max_grad_norm / (float(norm) + 1e-6))
         self.recorder.selector.scale_update(factor)

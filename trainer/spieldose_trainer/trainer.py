@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 from transformers import AutoConfig, PreTrainedTokenizerBase, PrinterCallback
 from transformers.integrations.integration_utils import TensorBoardCallback
 
@@ -25,6 +24,7 @@ from spieldose_trainer.checkpoints import DELTA, PROCESSES, newest_checkpoint
 from spieldose_trainer.config import TrainConfig
 from spieldose_trainer.data import Examples, collate, read_examples
 from spieldose_trainer.errors import CheckpointError, ConfigError, Interrupted
+from spieldose_trainer.event_file import EventFile
 from spieldose_trainer.files import check_out, make_folders, read_template
 from spieldose_trainer.limits import Limits
 from spieldose_trainer.loop import Loop, training_arguments
@@ -181,8 +181,7 @@ class Trainer:
         recorder = Recorder(selector, layers=self.model.layers, method=config.method)
         callbacks: list[Any] = [recorder, Progress(recorder.log), self._stop]
         if is_first_rank():
-            writer = SummaryWriter(config.folder / "tensorboard")
-            callbacks.append(TensorBoardCallback(writer))
+            callbacks.append(TensorBoardCallback(EventFile(config.folder / "tensorboard")))
         if self.held_out:
             callbacks.append(Evaluating(config.eval_every))
         loop = Loop(
