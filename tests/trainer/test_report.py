@@ -81,7 +81,9 @@ def log_of(updates: int) -> RunLog:
     for i in range(1, updates + 1):
         log.append(Update(number=i, loss=3 / i, learning_rate=1e-3, seconds=0.5, tokens=100))
         if i % 10 == 5:
-            log.append(Reselection(update=i, replaced=80 // i, entries=80, lost=None))
+            log.append(
+                Reselection(update=i, replaced=80 // i, entries=80, lost=None, lost_over_run=None)
+            )
         if i % 10 == 0:
             log.append(Evaluation(update=i, loss=3.1 / i, exact_match=i / updates))
     return log
@@ -178,6 +180,15 @@ def test_the_norm_lost_to_eviction_is_left_out_where_there_was_none(lost: float 
     log.reselections = [dataclasses.replace(r, lost=lost) for r in log.reselections]
     plot = churn_plot(log)
     assert plot is not None and "norm lost" not in plot.svg
+
+
+def test_the_norm_lost_over_the_run_is_said_where_it_was_counted() -> None:
+    log = log_of(30)
+    log.reselections = [
+        dataclasses.replace(r, lost=0.01, lost_over_run=r.update / 100) for r in log.reselections
+    ]
+    assert "went with what it evicted, 25.0% over the whole run." in page(summary_of(log=log))
+    assert numbers_of(log=log)["log"]["reselections"]["lost_over_run"] == [0.05, 0.15, 0.25]
 
 
 def test_the_norm_lost_to_eviction_is_plotted() -> None:
@@ -302,7 +313,8 @@ def test_a_long_run_of_a_deep_model_stays_below_a_megabyte() -> None:
 def test_a_support_that_changes_with_every_update_is_drawn_in_few_shapes() -> None:
     log = RunLog()
     for i in range(1, 5001):
-        log.append(Reselection(update=i, replaced=i % 9, entries=80, lost=i % 7 / 100))
+        lost = {"lost": i % 7 / 100, "lost_over_run": None}
+        log.append(Reselection(update=i, replaced=i % 9, entries=80, **lost))
     churn, ages = churn_plot(log), age_plot([1 / 5001] * 5001)
     assert churn is not None and len(churn.svg) < 100_000
     assert ages is not None and len(ages.svg) < 100_000

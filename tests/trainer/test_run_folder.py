@@ -61,6 +61,15 @@ def test_spiel_ma_keeps_no_state_per_value(configure: Configure) -> None:
     assert momentum.moments <= gradients.moments / 2
 
 
+def test_a_run_that_evicts_deltas_reports_what_they_were_worth(configure: Configure) -> None:
+    config = configure(method="sgc", chunk=256, density=0.01, max_steps=4)
+    train(config)
+    report = json.loads((config.folder / "report.json").read_text())
+    lost = report["log"]["reselections"]["lost_over_run"]
+    assert 0 < lost[-1] < 1
+    assert f", {lost[-1]:.1%} over the whole run." in (config.folder / "report.html").read_text()
+
+
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_ages_are_those_of_the_best_deltas(
     configure: Configure, monkeypatch: pytest.MonkeyPatch, interrupted: bool

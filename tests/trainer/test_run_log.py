@@ -6,10 +6,10 @@ from spieldose_trainer.run_log import Evaluation, Reselection, RunLog, Update
 
 RECORDS = (
     Update(number=1, loss=2.5, learning_rate=1e-3, seconds=0.5, tokens=100),
-    Reselection(update=1, replaced=40, entries=50, lost=None),
+    Reselection(update=1, replaced=40, entries=50, lost=None, lost_over_run=None),
     Evaluation(update=1, loss=2.4, exact_match=None),
     Update(number=2, loss=2.25, learning_rate=5e-4, seconds=0.25, tokens=90),
-    Reselection(update=2, replaced=10, entries=50, lost=0.125),
+    Reselection(update=2, replaced=10, entries=50, lost=0.125, lost_over_run=0.25),
     Evaluation(update=2, loss=2.2, exact_match=0.5),
 )
 

@@ -70,6 +70,7 @@ class Recorder(TrainerCallback):
                     replaced=replaced,
                     entries=sum(layer.values.numel() for layer in self._layers.values()),
                     lost=self.selector.lost,
+                    lost_over_run=self.selector.lost_over_run,
                 )
             )
 

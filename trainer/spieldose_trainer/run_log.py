@@ -25,6 +25,7 @@ class Reselection:
     replaced: int  # entries that left and as many that joined, over all layers
     entries: int  # in the support, over all layers
     lost: float | None  # share of the norm of the deltas that was evicted; None: not measured
+    lost_over_run: float | None  # share that all evictions so far took together, likewise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

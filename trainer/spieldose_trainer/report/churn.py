@@ -23,6 +23,7 @@ def churn_plot(log: RunLog) -> Plot | None:
     lost = [event for event in events if event.lost is not None]
     if not any(event.lost for event in lost):
         lost = []  # a plot of nothing
+    total = events[-1].lost_over_run
     heights = [1.8, *([1.3] if lost else [])]
 
     def draw(figure: Figure) -> None:
@@ -37,6 +38,7 @@ def churn_plot(log: RunLog) -> Plot | None:
         title="Churn",
         caption="Share of the support that each reselection replaced"
         + ("; below, the share of the deltas' norm that went with what it evicted" if lost else "")
+        + (f", {total:.1%} over the whole run" if lost and total is not None else "")
         + ".",
         svg=svg(draw, height=sum(heights) + 0.4),
     )

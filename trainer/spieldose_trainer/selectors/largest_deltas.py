@@ -32,16 +32,9 @@ class LargestDeltas(Selector):
         self.layers = layers
         self.updater = updater
         self.lost = 0.0  # ‖evicted‖ / ‖deltas before eviction‖ of the latest update, all layers
+        # the same with all that was evicted so far: each counts for itself, also if it comes back
+        self.lost_over_run = 0.0
         self._evicted = 0.0  # Σ ‖evicted‖² over the run
-
-    @property
-    def lost_over_run(self) -> float:
-        """Return what all evictions so far lost, √(Σ‖evicted‖² / (Σ‖evicted‖² + ‖deltas now‖²)).
-
-        Each evicted delta counts as a weight of its own, also if it comes back.
-        """
-        kept = sum(layer.values.detach().double().square().sum() for layer in self.layers.values())
-        return _share(self._evicted, float(kept))
 
     def begin_update(self, update: int) -> None:
         """Let the updater watch the backward passes of this update."""
@@ -61,6 +54,7 @@ class LargestDeltas(Selector):
             kept += layer.values.double().square().sum().item()
         self.lost = _share(evicted, kept)
         self._evicted += evicted
+        self.lost_over_run = _share(self._evicted, kept)
         return replaced
 
     def state_dict(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ class Selector:
     """
 
     lost: float | None = None  # share of the deltas' norm that the latest change of support cost
+    lost_over_run: float | None = None  # and all changes together, of a selector that counts it
 
     def begin_update(self, update: int) -> None:
         """Prepare for the backward passes of an update."""
