@@ -56,7 +56,7 @@ class Loop(HuggingFaceTrainer):
         self._config = config
         self._settings = settings
         self._pad = pad
-        self._best_born: dict[str, torch.Tensor] = {}  # `born` of the best deltas
+        self._best_born: dict[str, torch.Tensor] = {}  # of the best deltas, on the CPU
         self._loaded: int | None = None  # update whose deltas `load_best` took over
 
     def run(self, checkpoint: Path | None) -> None:
@@ -139,8 +139,8 @@ class Loop(HuggingFaceTrainer):
         look = Evaluation(update=update, loss=loss, exact_match=found.exact_match)
         self.recorder.log.append(look)
         if self.recorder.log.best is look:
-            layers = self.sparse_model.layers
-            self._best_born = {name: layer.born.clone() for name, layer in layers.items()}
+            layers = self.sparse_model.layers.items()
+            self._best_born = {name: layer.born.to("cpu", copy=True) for name, layer in layers}
             if self.args.should_save:
                 self._write_best()
         metrics = {"eval_loss": loss}
@@ -239,7 +239,7 @@ class Loop(HuggingFaceTrainer):
         self.recorder.memory = MemoryTable.of(state["memory"]) if state["memory"] else None
         for name, layer in self.sparse_model.layers.items():
             layer.born.copy_(state["born"][name])
-        self._best_born = state["best_born"]
+        self._best_born = {name: born.cpu() for name, born in state["best_born"].items()}
 
     def _prepare_for_training(self, *arguments: Any, **settings: Any) -> Any:
         with warnings.catch_warnings():  # accelerate 1.15 does not know the setting's new name
