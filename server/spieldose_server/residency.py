@@ -54,7 +54,7 @@ class Residency:
         self._arrived: dict[Version, None] = {}  # those on the device, in the order they came
         self._reads: dict[Version, asyncio.Task[PackedAdapter]] = {}
         self._loads: dict[Version, asyncio.Task[None]] = {}
-        self._turn = asyncio.Lock()  # whoever came first gets room first
+        self._turn = asyncio.Lock()  # whoever was read first gets room first
         self._freed = asyncio.Event()
         self.evictions = 0
         self.found = Counter(device=0, host=0, disk=0)  # where versions were when needed

@@ -52,7 +52,7 @@ def test_the_least_recently_used_leaves_for_the_next(on_shelf: Any) -> None:
         assert shelf.residency.evictions == 1
 
 
-def test_what_is_leased_stays_and_the_first_to_wait_gets_room_first(on_shelf: Any) -> None:
+def test_what_is_leased_stays_and_the_first_that_was_read_gets_room_first(on_shelf: Any) -> None:
     @on_shelf("a", "b", "c", "d")
     async def _(shelf: Shelf) -> None:
         order: list[str] = []
@@ -63,8 +63,12 @@ def test_what_is_leased_stays_and_the_first_to_wait_gets_room_first(on_shelf: An
 
         with shelf.store.lease("a") as a, shelf.store.lease("b") as b:
             await ready(a, b)
-            waiting = [asyncio.create_task(take(name)) for name in "cd"]
-            await asyncio.sleep(0.2)
+            waiting = []
+            for name in "cd":
+                waiting.append(asyncio.create_task(take(name)))
+                while not shelf.store.get(name).on_host:
+                    await asyncio.sleep(0.01)
+            await asyncio.sleep(0.1)
             assert order == [] and shelf.state("c") == "loading"
             assert [shelf.state(name) for name in "ab"] == ["resident"] * 2
         await asyncio.gather(*waiting)
