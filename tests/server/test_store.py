@@ -79,9 +79,11 @@ def test_a_large_adapter_that_waits_is_not_overtaken_by_small_ones(on_shelf: Any
     @on_shelf("a", "b", "c", slots=8, room=3)
     async def _(shelf: Shelf) -> None:
         with shelf.store.lease("c") as c:
+            await ready(c)
             with shelf.store.lease("b") as b:
+                await ready(b)
                 with shelf.store.lease("a") as a:
-                    await ready(a, b, c)
+                    await ready(a)
                     shelf.write("large", entries=2 * ENTRIES)
                     shelf.write("small", entries=ENTRIES // 2)
                     await shelf.settle()
