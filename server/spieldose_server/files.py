@@ -5,7 +5,7 @@ root, or for one below it that a link leads to; a client never names a path.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from io import BufferedReader
@@ -58,9 +58,17 @@ class AdapterFiles:
     """Read the delta files of one directory, for one base; with keys, only what they signed."""
 
     def __init__(
-        self, root: Path, base: BaseSpec, *, dtype: torch.dtype, keys: TrustedKeys | None = None
+        self,
+        root: Path,
+        base: BaseSpec,
+        *,
+        dtype: torch.dtype,
+        keys: TrustedKeys | None = None,
+        rest: Callable[[], object] = int,
     ) -> None:
+        """Read them with a `rest` between any two pieces."""
         self.root = root
+        self._rest = rest
         self._keys = keys
         self._base = base
         self._dtype = dtype  # of values on the device
@@ -124,6 +132,7 @@ class AdapterFiles:
             for piece in reader.pieces():
                 add = packing.add_columns if piece.part == "columns" else packing.add_values
                 add(piece.module, piece.first, piece.entries)
+                self._rest()
             signature = self._vouching(name, vouched, digest=reader.digest)
         description = _description(reader.info, reader.modules, signature)
         return Content(reader.digest, description, packing.packed)

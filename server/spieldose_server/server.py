@@ -35,7 +35,7 @@ from spieldose_server.port import Port, Services
 from spieldose_server.residency import Residency
 from spieldose_server.service import InferenceService
 from spieldose_server.store import AdapterStore
-from spieldose_server.threads import apart, loaders
+from spieldose_server.threads import Rest, apart, loaders
 from spieldose_server.tracing import Tracing
 from spieldose_server.trusted_keys import TrustedKeys
 
@@ -85,7 +85,8 @@ class Server:
         self._loaders = loaders()
         slab = self.engine.slab
         keys = TrustedKeys.of(config)
-        files = AdapterFiles(config.adapters, base.spec, dtype=slab.dtype, keys=keys)
+        rest = Rest(lambda: self.admission.running > 0)
+        files = AdapterFiles(config.adapters, base.spec, dtype=slab.dtype, keys=keys, rest=rest)
         residency = Residency(slab, files, self._loaders, host_memory=config.host_memory)
         self.store = AdapterStore(residency)
         self.directory = AdapterDirectory(files, self.store, self._loaders, keys=keys)

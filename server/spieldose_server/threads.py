@@ -10,6 +10,7 @@ load the model. So what is not a step runs on a thread that ends, or on one that
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -18,17 +19,20 @@ import torch
 
 T = TypeVar("T")
 
-# of the loader: where it shares a core with a team, it gets a sixteenth, and a step waits no
-# longer. While 3 % of the demo's base loaded, the p99 between tokens was 1.13 times that of other
-# times, and the load took 1.4 s; with 10, a tenth, 1.21 and 0.9 s.
-NICE = 12
+# Of a core, for each loader while steps run. Priority alone does not do it: a thread of a team that
+# waits awake keeps its core, but where it has gone to sleep, a loader runs on to the end of its
+# slice, product after product. On Linux 6.18 and 2 cores, while 3 % of the demo's base loaded, the
+# p99 between tokens was 2.3 times that of other times, at a niceness of 12; 1.17 times with a share
+# of an eighth and a load of 1.5 s, 1.08 times with a twelfth and 2.2 s.
+SHARE = 1 / 10
+NICE = 5  # where they do share a core, a loader has a quarter of it
 
 # Each load at a time has that share: a burst of them does not take turns at it.
 LOADERS = 4
 
 # After every product a step needs the interpreter again, and the loader may have it for so long, of
-# 5 ms by default. The same p99 was 1.85 times with 5 ms, 1.2 with this, both with a niceness of 10;
-# 2.8 without any.
+# 5 ms by default. On another machine the same p99 was 1.85 times with 5 ms, 1.2 with this, at a
+# niceness of 10 and without a share; 2.8 without either.
 SWITCH_SECONDS = 0.0005
 
 
@@ -48,6 +52,21 @@ def loaders() -> ThreadPoolExecutor:
         started.result()
     torch.set_num_threads(team)  # of this thread and of those to come, which the workers' 1 became
     return workers
+
+
+class Rest:
+    """Let a loader rest between the pieces of its work, as long as steps run."""
+
+    def __init__(self, steps_run: Callable[[], bool]) -> None:
+        self._steps_run = steps_run
+        self._thread = threading.local()
+
+    def __call__(self) -> None:
+        """Sleep for so long that what this thread computed since the last time was its share."""
+        worked = time.thread_time() - getattr(self._thread, "rested", time.thread_time())
+        if self._steps_run():
+            time.sleep(worked * (1 / SHARE - 1))
+        self._thread.rested = time.thread_time()
 
 
 def _give_way() -> None:

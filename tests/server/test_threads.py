@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from spieldose_server.threads import LOADERS, NICE, apart, loaders
+from spieldose_server.threads import LOADERS, NICE, SHARE, Rest, apart, loaders
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +45,20 @@ def test_loaders_give_way_to_every_other_thread() -> None:
     with loaders() as workers:
         assert on_each(workers, niceness) == [min(before + NICE, 19)] * LOADERS
         assert niceness() == apart(niceness) == before
+
+
+def test_a_loader_rests_while_steps_run_and_only_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed, slept = 0.0, []
+    monkeypatch.setattr("time.thread_time", lambda: computed)
+    monkeypatch.setattr("time.sleep", slept.append)
+    for steps_run in (True, False):
+        computed, rest = 0.0, Rest(lambda now=steps_run: now)  # type: ignore[misc]
+        rest()  # nothing is known of what came before
+        for _ in range(3):
+            computed += 0.01
+            rest()
+    assert slept[0] == 0
+    assert [0.01 / (0.01 + each) for each in slept[1:]] == pytest.approx([SHARE] * 3)
 
 
 def on_each(workers: ThreadPoolExecutor, ask: Callable[[], int]) -> list[int]:
