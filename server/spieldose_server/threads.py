@@ -24,7 +24,7 @@ T = TypeVar("T")
 # slice, product after product. On Linux 6.18 and 2 cores, while 3 % of the demo's base loaded, the
 # p99 between tokens was 2.3 times that of other times, at a niceness of 12; 1.17 times with a share
 # of an eighth and a load of 1.5 s, 1.08 times with a twelfth and 2.2 s.
-SHARE = 1 / 10
+SHARE = 1 / 12
 NICE = 5  # where they do share a core, a loader has a quarter of it
 
 # Each load at a time has that share: a burst of them does not take turns at it.
