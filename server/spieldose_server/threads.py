@@ -63,7 +63,8 @@ class Rest:
 
     def __call__(self) -> None:
         """Sleep for so long that what this thread computed since the last time was its share."""
-        worked = time.thread_time() - getattr(self._thread, "rested", time.thread_time())
+        now = time.thread_time()
+        worked = now - getattr(self._thread, "rested", now)
         if self._steps_run():
             time.sleep(worked * (1 / SHARE - 1))
         self._thread.rested = time.thread_time()
