@@ -64,7 +64,7 @@ class AdapterFiles:
         *,
         dtype: torch.dtype,
         keys: TrustedKeys | None = None,
-        rest: Callable[[], object] = int,
+        rest: Callable[[], None] = lambda: None,
     ) -> None:
         """Read them with a `rest` between any two pieces."""
         self.root = root

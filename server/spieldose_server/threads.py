@@ -23,7 +23,8 @@ T = TypeVar("T")
 # waits awake keeps its core, but where it has gone to sleep, a loader runs on to the end of its
 # slice, product after product. On Linux 6.18 and 2 cores, while 3 % of the demo's base loaded, the
 # p99 between tokens was 2.3 times that of other times, at a niceness of 12; 1.17 times with a share
-# of an eighth and a load of 1.5 s, 1.08 times with a twelfth and 2.2 s.
+# of an eighth and a load of 1.5 s, 1.08 times with a twelfth and 2.2 s (benchmarks/traffic.py
+# --parts cold --rounds 1).
 SHARE = 1 / 12
 NICE = 5  # where they do share a core, a loader has a quarter of it
 

@@ -4,11 +4,18 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from spieldose_kernels.delta_file import write_delta
 from spieldose_server.threads import LOADERS, NICE, SHARE, Rest, apart, loaders
+
+from ..conftest import Running, eventually
+from .test_adapters import Stream
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +72,32 @@ def test_a_loader_rests_while_steps_run_and_only_then(monkeypatch: pytest.Monkey
             rest()
     assert 0 <= slept[0] < 1e-6
     assert [0.01 / (0.01 + each) for each in slept[1:]] == pytest.approx([SHARE] * 3, rel=1e-3)
+
+
+def test_a_server_s_loads_rest_between_pieces_while_it_answers(
+    serve_tiny: Callable[..., Iterator[Running]],
+    tmp_path: Path,
+    make_adapter: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[bool] = []  # at each rest: whether steps ran
+
+    class Noting(Rest):
+        def __call__(self) -> None:
+            asked.append(self._steps_run())
+            super().__call__()
+
+    monkeypatch.setattr("spieldose_server.server.Rest", Noting)
+    write_delta(tmp_path / "a1.safetensors", make_adapter(1))
+    with contextmanager(serve_tiny)(tmp_path) as running:
+        eventually(lambda: running.state("a1"))
+        running.admin.load("a1")
+        assert asked and not any(asked)
+        asked.clear()
+        with Stream(running, ""):
+            write_delta(tmp_path / "a2.safetensors", make_adapter(2))
+            eventually(lambda: running.state("a2") == "resident")
+            assert len(asked) > 10 and all(asked)  # a piece of each of two dozen arrays or more
 
 
 def on_each(workers: ThreadPoolExecutor, ask: Callable[[], int]) -> list[int]:
