@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from spieldose_trainer.updaters.largest_in_rows import largest_in_rows
+
 
 @dataclass(frozen=True, slots=True)
 class Support:
@@ -52,7 +54,7 @@ class Sketch:
             correlation = (rest @ self.matrix).abs_()
             # nothing is left of those found, but rounding must not find them again
             correlation.scatter_(1, positions[:, :found], -1.0)
-            positions[:, found] = correlation.argmax(dim=1)
+            positions[:, found] = largest_in_rows(correlation, 1)[:, 0]
             column = self._columns[positions[:, found]]
             overlap = (basis[:, :found] @ column[:, :, None])[:, :, 0]
             column -= (overlap[:, None, :] @ basis[:, :found])[:, 0]
