@@ -6,8 +6,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from io import TextIOWrapper
 
-import tyro
-
+from spieldose_kernels.command_line import parse
 from spieldose_proto import inference_pb2 as pb
 from spieldose_server.ask_arguments import AskArguments
 from spieldose_server.client import Client, ClientError
@@ -31,7 +30,7 @@ class ChatArguments(AskArguments):
 
 def chat(arguments: Sequence[str]) -> None:
     """Talk with a model or an adapter in the terminal."""
-    asked = tyro.cli(ChatArguments, prog="spieldose chat", args=arguments)
+    asked = parse(ChatArguments, arguments, prog="spieldose chat")
     with connect(asked.server) as client:
         Chat(client, asked).run()
 

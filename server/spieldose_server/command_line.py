@@ -16,6 +16,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from spieldose_kernels.command_line import parse, run_subcommand
 from spieldose_kernels.errors import SpieldoseError
 from spieldose_proto import inference_pb2 as pb
 from spieldose_server.ask_arguments import AskArguments
@@ -49,7 +50,7 @@ def main() -> None:
 
 def serve(arguments: Sequence[str]) -> None:
     """Serve a base model and a directory of adapters over gRPC."""
-    config = tyro.cli(ServeArguments, prog="spieldose serve", args=with_file(arguments))
+    config = parse(ServeArguments, with_file(arguments), prog="spieldose serve")
     from spieldose_kernels.quiet import quiet_libraries
 
     quiet_libraries()
@@ -73,7 +74,7 @@ class GenerateArguments(AskArguments):
 
 def generate(arguments: Sequence[str]) -> None:
     """Generate text with an adapter and stream it to the terminal."""
-    asked = tyro.cli(GenerateArguments, prog="spieldose generate", args=arguments)
+    asked = parse(GenerateArguments, arguments, prog="spieldose generate")
     prompt = [pb.ChatMessage(role="user", content=asked.prompt)] if asked.chat else asked.prompt
     with connect(asked.server) as client:
         for text in client.stream(
@@ -94,12 +95,12 @@ def adapters(arguments: Sequence[str]) -> None:
         "pin": _pin,
         "unpin": _unpin,
     }
-    tyro.extras.subcommand_cli_from_dict(commands, prog="spieldose adapters", args=arguments)
+    run_subcommand(commands, arguments, prog="spieldose adapters")
 
 
 def token(arguments: Sequence[str]) -> None:
     """Make a tenant's token, and the line of the access file that lets it in."""
-    tyro.cli(_make_token, prog="spieldose token", args=arguments)
+    parse(_make_token, arguments, prog="spieldose token")
 
 
 def _make_token(*, days: int = 90) -> None:
@@ -116,7 +117,7 @@ def top(arguments: Sequence[str]) -> None:
     """Show what a server does, live in the terminal."""
     from spieldose_server.top import TopArguments, show
 
-    asked = tyro.cli(TopArguments, prog="spieldose top", args=arguments)
+    asked = parse(TopArguments, arguments, prog="spieldose top")
     with connect(asked.server, retries=0) as client:  # the next frame asks again
 
         def state(name: str) -> str:

@@ -4,7 +4,6 @@
 """
 
 import argparse
-import difflib
 import inspect
 import os
 import re
@@ -14,6 +13,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from spieldose_kernels.command_line import did_you_mean
 from spieldose_server.access import Access
 from spieldose_server.config import ServerConfig
 from spieldose_server.errors import ConfigError
@@ -53,7 +53,9 @@ def flags(path: Path) -> list[str]:
     found = []
     for name, value in settings.items():
         if name not in known:
-            raise ConfigError(f"{path}: expected a setting, got {name!r}{_nearest(name, known)}")
+            raise ConfigError(
+                f"{path}: expected a setting, got {name!r}{did_you_mean(name, known)}"
+            )
         _check(f"{path}: {name}", value, hints[name])
         found += [f"--{name.replace('_', '-')}", str(value)]
     return found
@@ -95,18 +97,13 @@ def _check(what: str, value: object, hint: Any) -> None:
     if get_origin(hint) is Literal:
         choices = [str(choice) for choice in get_args(hint)]
         if value not in choices:
-            near = _nearest(str(value), choices)
+            near = did_you_mean(str(value), choices)
             raise ConfigError(f"{what}: expected one of {', '.join(choices)}, got {value!r}{near}")
         return
     kinds: tuple[type, ...] = {int: (int,), float: (int, float)}.get(hint, (str,))
     if isinstance(value, bool) or not isinstance(value, kinds):
         expected = {int: "a whole number", float: "a number"}.get(hint, "a string")
         raise ConfigError(f"{what}: expected {expected}, got {value!r}")
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _toml(value: object) -> str:

@@ -8,6 +8,7 @@ import tyro
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from spieldose_kernels.command_line import parse
 from spieldose_kernels.errors import DeltaError
 from spieldose_kernels.signature import SIGNATURE_SUFFIX, Signature
 from spieldose_server.errors import ConfigError
@@ -15,7 +16,7 @@ from spieldose_server.errors import ConfigError
 
 def sign(arguments: Sequence[str]) -> None:
     """Sign delta files with a key, or make one."""
-    tyro.cli(_sign, prog="spieldose sign", args=arguments)
+    parse(_sign, arguments, prog="spieldose sign")
 
 
 def _sign(

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import tyro
-
+from spieldose_kernels.command_line import parse
 from spieldose_trainer.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
 
 def train(arguments: Sequence[str]) -> None:
     """Fine-tune a sparse set of weights over a frozen 4-bit base and write a delta file."""
-    config = tyro.cli(TrainConfig, prog="spieldose train", args=arguments)
+    config = parse(TrainConfig, arguments, prog="spieldose train")
     from spieldose_kernels.quiet import quiet_libraries
 
     quiet_libraries()

@@ -3,14 +3,13 @@
 import sys
 from collections.abc import Sequence
 
-import tyro
-
+from spieldose_kernels.command_line import parse
 from spieldose_trainer.interop.config import ConvertConfig, ExtractConfig, InspectConfig
 
 
 def convert(arguments: Sequence[str]) -> None:
     """Turn a sparse PEFT adapter into a delta file, or a delta file into a PEFT adapter."""
-    config = tyro.cli(ConvertConfig, prog="spieldose convert", args=arguments)
+    config = parse(ConvertConfig, arguments, prog="spieldose convert")
     from spieldose_kernels.quiet import quiet_libraries
 
     quiet_libraries()
@@ -25,7 +24,7 @@ def convert(arguments: Sequence[str]) -> None:
 
 def extract(arguments: Sequence[str]) -> None:
     """Make a delta file of the largest changes that a full fine-tune made to its base."""
-    config = tyro.cli(ExtractConfig, prog="spieldose extract", args=arguments)
+    config = parse(ExtractConfig, arguments, prog="spieldose extract")
     from rich.console import Console
 
     from spieldose_kernels.quiet import quiet_libraries
@@ -45,7 +44,7 @@ def extract(arguments: Sequence[str]) -> None:
 
 def inspect(arguments: Sequence[str]) -> None:
     """Check a delta file completely and print what it holds."""
-    config = tyro.cli(InspectConfig, prog="spieldose inspect", args=arguments)
+    config = parse(InspectConfig, arguments, prog="spieldose inspect")
     from rich.console import Console
 
     from spieldose_kernels.quiet import quiet_libraries
