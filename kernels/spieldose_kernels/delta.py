@@ -39,6 +39,13 @@ class SparseDelta:
         out[self.rows(), self.columns.long()] = self.values.to(dtype)
         return out
 
+    def plus(self, other: "SparseDelta") -> "SparseDelta":
+        """Return the sum of two deltas of one shape, with float32 values."""
+        positions, places = torch.cat([self.flat(), other.flat()]).unique(return_inverse=True)
+        values = torch.zeros(positions.numel(), device=positions.device)
+        values.index_add_(0, places, torch.cat([self.values.float(), other.values.float()]))
+        return SparseDelta.from_flat(positions, values, shape=self.shape)
+
     @classmethod
     def from_flat(
         cls, indices: torch.Tensor, values: torch.Tensor, *, shape: tuple[int, int]

@@ -23,9 +23,9 @@ class Delta(Protocol):
 
 
 class DeltaLinear(nn.Module):
-    """Put a delta over a frozen linear layer."""
+    """Put a delta over a frozen linear layer, or over one that carries a delta already."""
 
-    def __init__(self, base: nn.Linear, delta: Delta) -> None:
+    def __init__(self, base: nn.Module, delta: Delta) -> None:
         super().__init__()
         self.base = base
         self.delta = delta
@@ -74,6 +74,26 @@ class TrainableDelta(nn.Module):
         )
 
 
+class FrozenDelta(nn.Module):
+    """Hold one layer's delta as it is; x gets a gradient, the values get none."""
+
+    row_starts: torch.Tensor  # [R + 1] int32
+    columns: torch.Tensor  # [Z] int32
+    values: torch.Tensor  # [Z] float32
+
+    def __init__(self, delta: SparseDelta) -> None:
+        super().__init__()
+        self.register_buffer("row_starts", delta.row_starts)
+        self.register_buffer("columns", delta.columns.int())
+        self.register_buffer("values", delta.values.float())
+
+    def add_to(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Return y + Δ·x, differentiable in x."""
+        return add_support_product(
+            y, x, self.values, row_starts=self.row_starts, columns=self.columns
+        )
+
+
 class Playing:
     """Say which adapter every token of the running step plays; all layers read this one object."""
 
@@ -116,11 +136,17 @@ class ServedLayers:
         self._playing.groups = groups
 
 
-def attach(base: Base, deltas: Mapping[str, Delta]) -> None:
-    """Put deltas over a base's layers, by module name, for good."""
-    replace(
-        base.model, {path: DeltaLinear(base.layers[path], delta) for path, delta in deltas.items()}
-    )
+def attach(
+    base: Base, deltas: Mapping[str, Delta], *, beneath: Mapping[str, Delta] | None = None
+) -> None:
+    """Put deltas over a base's layers, by module name, and others beneath them.
+
+    Whatever lay over the layers before is gone.
+    """
+    layers: dict[str, nn.Module] = dict(base.layers)
+    for given in (beneath or {}, deltas):
+        layers |= {path: DeltaLinear(layers[path], delta) for path, delta in given.items()}
+    replace(base.model, layers)
 
 
 def replace(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:

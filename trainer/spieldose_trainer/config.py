@@ -43,6 +43,7 @@ class TrainConfig:
     base: str  # directory or hub name of the base model
     data: Path  # JSONL with `prompt` and `completion`, or with `messages`
     out: Path  # delta file to write, NAME.safetensors; NAME.run beside it holds the report
+    over: Path | None = None  # delta file to build on: it stays as it is, and OUT holds both
     method: MethodName = "spiel-ag"  # which weights, and how they move
     selector: SelectorName | None = None  # which weights
     updater: UpdaterName | None = None  # how they move
@@ -115,6 +116,10 @@ class TrainConfig:
                 raise ConfigError(f"{name} needs eval_data, got none")
         if self.start == "residual" and not self.quantised:
             raise ConfigError("start=residual needs a quantised base: another one rounded nothing")
+        if self.start == "residual" and self.over is not None:
+            raise ConfigError(
+                "start=residual needs a base alone: over may have mended its rounding"
+            )
         if self.clip is not None and choice.updater in ("zeroth-order", "compressed-adam"):
             raise ConfigError(f"clip limits a gradient that updater {choice.updater} does not use")
         if self.gradient_checkpointing and choice.updater == "zeroth-order":

@@ -11,12 +11,15 @@ from spieldose_kernels.delta_file import temporary_beside
 from spieldose_trainer.config import TrainConfig
 from spieldose_trainer.data import read_text
 from spieldose_trainer.errors import ConfigError
+from spieldose_trainer.interop import delta_path
 
 
 def check_files(config: TrainConfig) -> None:
-    """Raise ConfigError or DataError for files that cannot be read or written."""
+    """Raise ConfigError, DataError or DeltaError for files that cannot be read or written."""
     check_out(config)
     read_template(config.chat_template)
+    if config.over is not None:
+        delta_path.read(config.over)
     for path in (config.data, config.eval_data, config.fisher_data):
         if path is not None:
             read_text(path)

@@ -8,14 +8,19 @@ from torch import nn
 
 from spieldose_kernels.base import Base
 from spieldose_kernels.delta import Adapter, AdapterInfo, SparseDelta, index_dtype
-from spieldose_kernels.linear import TrainableDelta, attach
+from spieldose_kernels.linear import FrozenDelta, TrainableDelta, attach
 from spieldose_trainer.counted_logits import counted_only
 
 
 class SparseModel(nn.Module):
-    """Wrap a base with a trainable support in each of some layers, all values 0."""
+    """Wrap a base with a trainable support in each of some layers, all values 0.
 
-    def __init__(self, base: Base, supports: Mapping[str, torch.Tensor]) -> None:
+    An adapter that it is built `over` plays, too, and stays as it is.
+    """
+
+    def __init__(
+        self, base: Base, supports: Mapping[str, torch.Tensor], *, over: Adapter | None = None
+    ) -> None:
         """Take flat row-major positions, [Z] int64, by layer; a layer may have none."""
         super().__init__()
         self.base = base
@@ -28,13 +33,16 @@ class SparseModel(nn.Module):
             )
             layer = TrainableDelta(support.row_starts, support.columns.int(), width=shape[1])
             self.layers[name] = layer.to(device)
-        attach(base, self.layers)
+        frozen = {} if over is None else over.modules
+        beneath = {name: FrozenDelta(delta).to(device) for name, delta in frozen.items()}
+        attach(base, self.layers, beneath=beneath)
         self.model = base.model
 
     @classmethod
-    def of(cls, base: Base, adapter: Adapter) -> "SparseModel":
+    def of(cls, base: Base, adapter: Adapter, *, over: Adapter | None = None) -> "SparseModel":
         """Wrap a base with an adapter's support and values."""
-        model = cls(base, {name: delta.flat() for name, delta in adapter.modules.items()})
+        supports = {name: delta.flat() for name, delta in adapter.modules.items()}
+        model = cls(base, supports, over=over)
         model.load(adapter)
         return model
 

@@ -6,6 +6,7 @@ from functools import partial
 import torch
 
 from spieldose_kernels.base import Base, dense_weight
+from spieldose_kernels.delta import Adapter
 from spieldose_kernels.linear import TrainableDelta
 from spieldose_trainer.config import TrainConfig
 from spieldose_trainer.data import Example, collate
@@ -34,7 +35,12 @@ FISHER_BUDGET = 1 << 28  # squared gradients held at once: 1 GiB
 
 
 def first_support(
-    config: TrainConfig, base: Base, *, shapes: dict[str, tuple[int, int]], texts: Sequence[Example]
+    config: TrainConfig,
+    base: Base,
+    *,
+    shapes: dict[str, tuple[int, int]],
+    texts: Sequence[Example],
+    over: Adapter | None = None,
 ) -> Positions:
     """Return the support a run starts with; `texts` are what the Fisher scores are taken on."""
     density = config.choice.density
@@ -51,7 +57,7 @@ def first_support(
         case "principal":
             found = ((name, scores.principal(weight(name), rank=config.rank)) for name in shapes)
         case "fisher":
-            found = _fisher(base, shapes, texts)
+            found = _fisher(SparseModel(base, _nothing(shapes), over=over), texts)
         case _:
             return random_support(shapes, density, seed=config.seed)
     return best_support(shapes, density, allocation=config.allocation, scores=found)
@@ -129,14 +135,14 @@ def _moved_principal(model: SparseModel, name: str, *, rank: int) -> torch.Tenso
     return scores.principal(weight + model.layers[name].dense(), rank=rank)
 
 
-def _fisher(
-    base: Base, shapes: dict[str, tuple[int, int]], texts: Sequence[Example]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    nothing = torch.empty(0, dtype=torch.int64)
-    model = SparseModel(base, dict.fromkeys(shapes, nothing))  # its layers are watched, not moved
+def _nothing(shapes: Iterable[str]) -> Positions:
+    """Return supports of layers that are watched, not moved."""
+    return dict.fromkeys(shapes, torch.empty(0, dtype=torch.int64))
 
+
+def _fisher(model: SparseModel, texts: Sequence[Example]) -> Iterator[tuple[str, torch.Tensor]]:
     def loss(text: Example) -> torch.Tensor:
-        batch = {name: t.to(base.model.device) for name, t in collate([text], pad=0).items()}
+        batch = {name: t.to(model.model.device) for name, t in collate([text], pad=0).items()}
         value: torch.Tensor = model(**batch).loss
         return value
 

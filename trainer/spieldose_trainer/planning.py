@@ -43,6 +43,7 @@ def make_plan(config: TrainConfig) -> Plan:
     selector needs of one layer at a time is left out.
     """
     check_files(config)
+    over = 0 if config.over is None else config.over.stat().st_size
     choice, directory = config.choice, find_checkpoint(config.base, weights=False)
     shapes = target_shapes(directory)
     sizes = {
@@ -63,11 +64,12 @@ def make_plan(config: TrainConfig) -> Plan:
         updater=choice.updater,
         batch_size=config.batch_size,
         length=Limits.of(base).length(config.max_length),
-        file=sum(
+        file=over
+        + sum(
             file_bytes(name, *size, dtype=getattr(torch, config.value_dtype))
             for name, size in sizes.items()
         ),
-        base=base_bytes(base, shapes, dtype=dtype, quantised=config.quantised),
+        base=over + base_bytes(base, shapes, dtype=dtype, quantised=config.quantised),
         value=value,
         position=tensor_bytes(list(delta.buffers()) for delta in deltas),
         gradient=gradient,

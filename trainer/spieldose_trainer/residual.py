@@ -22,8 +22,8 @@ def original_weights(directory: Path, shapes: Mapping[str, tuple[int, int]]) -> 
         found = tensors.shapes.get(f"{name}.weight")
         if found != shape:
             raise ConfigError(
-                f"start=residual: expected {name}.weight of shape {list(shape)}, not quantised, "
-                f"in {directory}, got {'none' if found is None else list(found)}"
+                f"expected {name}.weight of shape {list(shape)} in {directory}, not quantised, to "
+                f"know what NF4 rounds away, got {'none' if found is None else list(found)}"
             )
     return tensors
 

@@ -31,6 +31,7 @@ from spieldose_trainer.loop import Loop, training_arguments
 from spieldose_trainer.memory import MemoryTable, peak_bytes
 from spieldose_trainer.model import SparseModel
 from spieldose_trainer.modules import select_modules
+from spieldose_trainer.over import read_over, together
 from spieldose_trainer.packing import check_separation, collate_packed, pack
 from spieldose_trainer.parts import first_support, make_selector, make_updater
 from spieldose_trainer.ranks import is_first_rank
@@ -65,9 +66,12 @@ class Trainer:
         check_out(config)
         self._checkpoint = _checkpoint_to_resume(config)
         directory = find_checkpoint(config.base)
-        shapes = select_modules(target_shapes(directory), config.modules)
+        every_shape = target_shapes(directory)
+        shapes = select_modules(every_shape, config.modules)
         tokenizer = load_tokenizer(directory)
-        self._template = read_template(config.chat_template)
+        self.over = read_over(config, directory, every_shape)
+        inherited = "" if self.over is None else self.over.info.chat_template
+        self._template = read_template(config.chat_template) or inherited
         tokenizer.chat_template = self._template or tokenizer.chat_template
         read = partial(_read, config, tokenizer, Limits.of(AutoConfig.from_pretrained(directory)))
         self.examples = read(config.data)
@@ -79,6 +83,7 @@ class Trainer:
         self._settings = config.settings() | {
             "data": _described(self.examples),
             "eval_data": _described(self.held_out),
+            "over": "None" if config.over is None else _digest(config.over),
             PROCESSES: str(self._arguments.world_size),
         }
         if self._checkpoint is not None:
@@ -86,14 +91,18 @@ class Trainer:
         self.base = base or _load(config)
         if self._checkpoint is None:
             support = first_support(
-                config, self.base, shapes=shapes, texts=texts[: config.fisher_samples]
+                config,
+                self.base,
+                shapes=shapes,
+                texts=texts[: config.fisher_samples],
+                over=self.over,
             )
-            self.model = SparseModel(self.base, support)
+            self.model = SparseModel(self.base, support, over=self.over)
             if originals is not None:
                 start_from_residual(self.model, originals)
         else:
             saved = read_delta((self._checkpoint / DELTA).read_bytes(), self.base.spec)
-            self.model = SparseModel.of(self.base, saved)
+            self.model = SparseModel.of(self.base, saved, over=self.over)
         self.memory: MemoryTable | None = None  # known when the run is saved
         self._stop = StopOnInterrupt()
         self._loop = self._assemble()
@@ -113,8 +122,13 @@ class Trainer:
     def adapter(self) -> Adapter:
         """Return the trained deltas: those of the lowest held-out loss, if there was any.
 
-        Raises CheckpointError if these cannot be read.
+        Those of the adapter that the run was built over are in them. Raises CheckpointError if the
+        best ones cannot be read.
         """
+        dtype = getattr(torch, self.config.value_dtype)
+        return together(self._trained(), self.over, dtype=dtype)
+
+    def _trained(self) -> Adapter:
         config = self.config
         self._loop.load_best()
         return self.model.adapter(
@@ -133,9 +147,8 @@ class Trainer:
         config = self.config
         if is_first_rank():
             try:
-                adapter = self.adapter()
-                write_delta(config.out, adapter)
-                self._report(adapter)
+                write_delta(config.out, self.adapter())
+                self._report(self._trained())
             except OSError as error:
                 raise CheckpointError(
                     f"expected to write {config.out} and its report, got: {error}; "
@@ -265,6 +278,10 @@ def _link(file: Path, link: Path) -> None:
         os.link(file, link)
     except OSError:
         shutil.copyfile(file, link)
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
 
 
 def _described(examples: Examples) -> str:

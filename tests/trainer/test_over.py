@@ -1,0 +1,150 @@
+"""A run may build on an adapter: that stays as it is, and the run's file holds both."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from spieldose_kernels.base import Base
+from spieldose_kernels.delta import Adapter
+from spieldose_kernels.delta_file import read_delta, write_delta
+from spieldose_kernels.errors import BaseMismatch, NotADelta
+from spieldose_trainer import trainer
+from spieldose_trainer.errors import ConfigError
+from spieldose_trainer.model import SparseModel
+from spieldose_trainer.planning import make_plan
+from spieldose_trainer.trainer import Trainer
+
+from .configuration import Configure
+from .runs import adapter_of, assert_same_run, interrupt, run
+
+pytestmark = pytest.mark.usefixtures("no_report")
+
+MakeAdapter = Callable[..., Adapter]
+TOKENS = torch.arange(1, 60)[None]
+
+
+def logits(model: SparseModel) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model.model(input_ids=TOKENS).logits
+    return found
+
+
+@pytest.fixture
+def beneath(make_adapter: MakeAdapter, tmp_path: Path) -> Path:
+    """A delta file to build on, of a bearable size."""
+    write_delta(tmp_path / "beneath.safetensors", make_adapter(1, scale=0.1))
+    return tmp_path / "beneath.safetensors"
+
+
+def test_what_lies_beneath_plays_as_an_adapter_does(
+    tiny_base: Base, make_adapter: MakeAdapter
+) -> None:
+    adapter, nothing = make_adapter(1), torch.empty(0, dtype=torch.int64)
+    alone = logits(SparseModel.of(tiny_base, adapter))
+    over = SparseModel(tiny_base, dict.fromkeys(adapter.modules, nothing), over=adapter)
+    torch.testing.assert_close(logits(over), alone, rtol=1e-5, atol=1e-5)
+    base = logits(SparseModel(tiny_base, {}))
+    assert float((alone - base).abs().max()) > 0.1  # and nothing is left of earlier models
+
+
+@pytest.mark.parametrize("method", ["spiel-ag", "spiel-ma", "sgc", "zo", "fisher", "lift"])
+def test_the_file_plays_what_was_trained_and_what_lay_beneath(
+    configure: Configure, beneath: Path, tiny_base: Base, method: str
+) -> None:
+    result = run(configure(method=method, over=beneath, max_steps=6))
+    trained = logits(result.model)
+    file = adapter_of(result)
+    torch.testing.assert_close(
+        logits(SparseModel.of(tiny_base, file)), trained, rtol=1e-3, atol=1e-3
+    )
+    frozen, weights = read_delta(beneath.read_bytes()), 0
+    for name, delta in file.modules.items():
+        own, found = result.model.layers[name].dense(), delta.dense(torch.float32)
+        torch.testing.assert_close(found, own + frozen.modules[name].dense(torch.float32))
+        weights += found.numel()
+    assert file.info.density == pytest.approx(file.nnz / weights)
+
+
+def test_training_starts_where_the_adapter_ends(
+    configure: Configure, beneath: Path, tiny_base: Base
+) -> None:
+    first = run(configure(over=beneath, max_steps=1)).losses[0]
+    other = run(configure(max_steps=1, out=beneath.parent / "other.safetensors")).losses[0]
+    assert first != other
+
+
+def test_modules_that_are_not_trained_keep_what_lay_beneath(
+    configure: Configure, beneath: Path
+) -> None:
+    file = adapter_of(run(configure(over=beneath, modules=("q_proj",), max_steps=2)))
+    frozen = read_delta(beneath.read_bytes())
+    assert file.modules.keys() == frozen.modules.keys()
+    for name, delta in frozen.modules.items():
+        if not name.endswith("q_proj"):
+            assert torch.equal(file.modules[name].dense(torch.float32), delta.dense(torch.float32))
+    assert 0 < file.info.density < 1
+
+
+def test_a_resumed_run_is_the_unbroken_one(
+    configure: Configure, beneath: Path, tmp_path: Path
+) -> None:
+    whole = run(configure(over=beneath))
+    broken = configure(over=beneath, out=tmp_path / "broken" / "sums.safetensors")
+    interrupt(broken, update=7)
+    moved = beneath.rename(tmp_path / "moved.safetensors")
+    assert_same_run(whole, run(replace(broken, over=moved, resume=True)))
+
+
+def test_a_run_is_not_resumed_over_another_adapter(
+    configure: Configure, beneath: Path, make_adapter: MakeAdapter
+) -> None:
+    config = configure(over=beneath)
+    interrupt(config, update=7)
+    write_delta(beneath, make_adapter(2))
+    with pytest.raises(ConfigError, match=r"^over: expected [0-9a-f]{12} as in the run to resume"):
+        Trainer(replace(config, resume=True))
+
+
+def test_its_chat_template_is_taken_over(
+    configure: Configure, beneath: Path, make_adapter: MakeAdapter
+) -> None:
+    adapter = make_adapter(1)
+    template = "{{ messages[0].content }}"
+    write_delta(beneath, Adapter(replace(adapter.info, chat_template=template), adapter.modules))
+    assert adapter_of(run(configure(over=beneath, max_steps=1))).info.chat_template == template
+
+
+def test_values_have_the_type_that_was_asked_for(configure: Configure, beneath: Path) -> None:
+    file = adapter_of(run(configure(over=beneath, max_steps=1, value_dtype="bfloat16")))
+    assert {delta.values.dtype for delta in file.modules.values()} == {torch.bfloat16}
+
+
+def test_a_wrong_file_is_refused_before_the_base_is_loaded(
+    configure: Configure,
+    beneath: Path,
+    make_adapter: MakeAdapter,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(trainer, "load_base")
+    adapter = make_adapter(1)
+    foreign = replace(adapter.info, base_fingerprint="another")
+    write_delta(beneath, Adapter(foreign, adapter.modules))
+    with pytest.raises(BaseMismatch, match=rf"^{beneath}: expected "):
+        Trainer(configure(over=beneath))
+    beneath.unlink()
+    for refuse in (Trainer, make_plan):
+        with pytest.raises(NotADelta, match=r"^expected a readable delta file, got: .*beneath"):
+            refuse(configure(over=beneath))
+
+
+def test_residuals_are_not_counted_twice(configure: Configure, beneath: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^start=residual needs a base alone"):
+        configure(over=beneath, start="residual")
+
+
+def test_a_plan_counts_the_file_in(configure: Configure, beneath: Path) -> None:
+    over, alone = make_plan(configure(over=beneath)), make_plan(configure())
+    assert over.file - alone.file == over.base - alone.base == beneath.stat().st_size

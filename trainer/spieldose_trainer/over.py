@@ -1,0 +1,42 @@
+"""The adapter that a run builds on, and what that and the run make together."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from spieldose_kernels.base_spec import BaseSpec, fingerprint_checkpoint
+from spieldose_kernels.delta import Adapter
+from spieldose_trainer.config import TrainConfig
+from spieldose_trainer.interop import delta_path
+
+
+def read_over(
+    config: TrainConfig, directory: Path, shapes: Mapping[str, tuple[int, int]]
+) -> Adapter | None:
+    """Return the adapter that a run builds on, None without one; `shapes` are all the base's.
+
+    Raises DeltaError.
+    """
+    if config.over is None:
+        return None
+    return delta_path.read(
+        config.over, BaseSpec(config.base, fingerprint_checkpoint(directory), shapes)
+    )
+
+
+def together(trained: Adapter, over: Adapter | None, *, dtype: torch.dtype) -> Adapter:
+    """Return what both play as one adapter, with values of `dtype`."""
+    if over is None:
+        return trained
+    modules = {**over.modules, **trained.modules}
+    for name in over.modules.keys() & trained.modules.keys():
+        modules[name] = over.modules[name].plus(trained.modules[name])
+    modules = {
+        name: replace(delta, values=delta.values.to(dtype)) for name, delta in modules.items()
+    }
+    weights = sum(math.prod(delta.shape) for delta in modules.values())
+    density = sum(delta.nnz for delta in modules.values()) / weights
+    return Adapter(replace(trained.info, density=density), modules)

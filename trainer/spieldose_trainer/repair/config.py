@@ -1,0 +1,34 @@
+"""Every setting of `spieldose repair`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from spieldose_trainer.errors import ConfigError
+from spieldose_trainer.text import check_line, check_text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepairConfig:
+    """Make a delta file that gives a base back most of what its rounding to NF4 took, untrained."""
+
+    base: str  # directory or hub name of the base model, not quantised
+    data: Path  # JSONL with `prompt` and `completion`, `messages`, or `text`: what the base reads
+    out: Path  # delta file to write, NAME.safetensors
+    density: float = 0.01  # share of every row of the target layers' weights that is corrected
+    samples: int = 64  # examples of the data
+    max_length: int = 1024  # tokens of an example; a longer one is cut
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda when there is one
+    description: str = ""  # one line about the adapter, kept in its file
+
+    def __post_init__(self) -> None:
+        check_text("base", self.base)
+        check_line("description", self.description)
+        if self.out.suffix != ".safetensors":
+            raise ConfigError(f"out must end in .safetensors, got {self.out}")
+        if not 0 < self.density <= 1:
+            raise ConfigError(f"density must be above 0 and at most 1, got {self.density}")
+        for name in ("samples", "max_length"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")

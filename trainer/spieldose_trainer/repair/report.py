@@ -1,0 +1,32 @@
+"""What a repair mends, for people."""
+
+import math
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from spieldose_trainer.interop.module_kind import by_kind
+from spieldose_trainer.repair.repair import Repair
+
+
+def mended_table(repair: Repair) -> Table:
+    """Return a line for every kind of module: entries, and the error of outputs before and after.
+
+    The error is ‖(W − NF4(W))·X‖ / ‖W·X‖, over the examples' tokens.
+    """
+    table = Table(box=None)
+    table.add_column("module", overflow="fold")
+    for heading in ("entries", "error in NF4", "repaired"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for kind, names in by_kind(repair.energies).items():
+        table.add_row(kind, *_cells(repair, names))
+    table.add_row("all", *_cells(repair, list(repair.energies)))
+    return table
+
+
+def _cells(repair: Repair, names: Sequence[str]) -> tuple[str, str, str]:
+    count = sum(repair.adapter.modules[name].nnz for name in names)
+    energies = [repair.energies[name] for name in names]
+    output = sum(energy.output for energy in energies)
+    before, after = sum(e.before for e in energies), sum(e.after for e in energies)
+    return f"{count:,}", f"{math.sqrt(before / output):.2%}", f"{math.sqrt(after / output):.2%}"
