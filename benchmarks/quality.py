@@ -41,6 +41,8 @@ from spieldose_trainer.config import TrainConfig
 from spieldose_trainer.data import collate, read_examples
 from spieldose_trainer.errors import NonFiniteLoss
 from spieldose_trainer.evaluation import evaluate
+from spieldose_trainer.repair.config import RepairConfig
+from spieldose_trainer.repair.repair import repair
 from spieldose_trainer.trainer import Trainer as SparseTrainer
 
 WORK = Path("build/quality")
@@ -81,6 +83,7 @@ METHODS: dict[str, Trained] = {
 VARIANTS: dict[str, Trained] = {  # for --only: with them it would be more than 2 hours
     "spiel-ag, by gradient": ({"method": "spiel-ag", "seed_momentum": False} | SHORT, RATES),
     "spiel-ag, default settings": ({"method": "spiel-ag"}, (6e-4, 2e-3, 6e-3)),
+    "spiel-ag, over a repair of 1 %": (SPREAD | {"repaired": 0.01}, HIGHER),
 }
 
 BASES = {"base": True, "base, 16 bit": False}  # whether quantised
@@ -216,8 +219,11 @@ def train(run: Run, task: Task, base: str, data: tuple[Path, Path], folder: Path
     settings, _ = (METHODS | VARIANTS)[run.method]
     if "peft" in settings:
         return train_peft(settings["peft"], run, task, base, data, folder)
+    settings = {"density": task.rank * PER_RANK} | settings
+    if "repaired" in settings:  # besides the trained weights
+        settings["over"] = repaired(base, data[0], density=settings.pop("repaired"))
     config = TrainConfig(
-        **({"density": task.rank * PER_RANK} | settings),
+        **settings,
         base=base,
         data=data[0],
         out=folder / "delta.safetensors",
@@ -240,6 +246,14 @@ def train(run: Run, task: Task, base: str, data: tuple[Path, Path], folder: Path
         "step": statistics.median(update.seconds for update in log.updates),
         "parameters": sum(layer.values.numel() for layer in trainer.model.layers.values()),
     }
+
+
+def repaired(base: str, data: Path, *, density: float) -> Path:
+    """Return a delta file that mends the base on a task's training examples; made once."""
+    out = data.with_name(f"{data.stem}-repair-{density}.safetensors")
+    if not out.exists():
+        repair(RepairConfig(base=base, data=data, out=out, density=density))
+    return out
 
 
 class Steps(TrainerCallback):
