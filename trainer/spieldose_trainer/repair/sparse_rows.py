@@ -20,10 +20,8 @@ def sparse_rows(
     lengths = gram.diagonal()
     # an input that is zero in all examples must not divide by zero
     gram = gram + torch.diag(RIDGE * lengths + 1e-6 * lengths.mean())
-    blocks = [
-        _pursue(rows @ gram, gram, count=count)
-        for rows in dense.split(max(1, TILE // dense.shape[1]))
-    ]
+    height = max(1, TILE // max(dense.shape[1], count**2))
+    blocks = [_pursue(rows @ gram, gram, count=count) for rows in dense.split(height)]
     columns, values = zip(*blocks, strict=True)
     return torch.cat(columns), torch.cat(values)
 
