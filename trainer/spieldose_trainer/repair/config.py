@@ -15,7 +15,7 @@ class RepairConfig:
     base: str  # directory or hub name of the base model, not quantised
     data: Path  # JSONL with `prompt` and `completion`, `messages`, or `text`: what the base reads
     out: Path  # delta file to write, NAME.safetensors
-    density: float = 0.01  # share of every row of the target layers' weights that is corrected
+    density: float = 0.002  # share of every row of the target layers' weights that is corrected
     samples: int = 64  # examples of the data
     max_length: int = 1024  # tokens of an example; a longer one is cut
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations
