@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +87,13 @@ def test_the_real_model_is_held_to_a_schema_and_a_pattern(
         return reply.text
 
     settings = {"base": str(real_directory), "adapter_memory": 1 << 25}
-    for running in serve_tiny(trained.file.parent, **settings):
-        for seed in range(6):
-            jsonschema.validate(json.loads(ask(running, seed, json_schema=SCHEMA)), PERSON)
-            assert re.fullmatch(PATTERN, ask(running, seed, regex=PATTERN))
+    with ThreadPoolExecutor(12) as pool:
+        for running in serve_tiny(trained.file.parent, **settings):
+            persons = [pool.submit(ask, running, seed, json_schema=SCHEMA) for seed in range(6)]
+            patterns = [pool.submit(ask, running, seed, regex=PATTERN) for seed in range(6)]
+            for person, pattern in zip(persons, patterns, strict=True):
+                jsonschema.validate(json.loads(person.result()), PERSON)
+                assert re.fullmatch(PATTERN, pattern.result())
 
 
 def test_the_file_says_where_it_comes_from(trained: Result) -> None:
