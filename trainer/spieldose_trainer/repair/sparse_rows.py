@@ -4,7 +4,9 @@ import torch
 
 from spieldose_kernels.support_product import TILE
 
-RIDGE = 0.01  # added to the Gram matrix's diagonal, as a share of it: inputs come from few examples
+# added to the Gram matrix's diagonal, as a share of its mean. As a share of each entry it let
+# inputs that are hardly ever there count: corrections of up to 92 in SmolLM2-135M
+RIDGE = 0.01
 ROUNDS = 16  # in which a row's entries are found; fewer entries are found one by one
 
 
@@ -17,9 +19,8 @@ def sparse_rows(
     the metric of X: the columns that would take most off what is left, then least-squares values at
     all columns so far. As inputs are correlated, a few entries make up for the error of many.
     """
-    lengths = gram.diagonal()
-    # an input that is zero in all examples must not divide by zero
-    gram = gram + torch.diag(RIDGE * lengths + 1e-6 * lengths.mean())
+    ridge = RIDGE * gram.diagonal().mean()
+    gram = gram + ridge * torch.eye(len(gram), device=gram.device)
     height = max(1, TILE // max(dense.shape[1], count**2))
     blocks = [_pursue(rows @ gram, gram, count=count) for rows in dense.split(height)]
     columns, values = zip(*blocks, strict=True)
