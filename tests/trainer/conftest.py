@@ -1,6 +1,5 @@
 """A toy model whose every number can be followed: two plain layers with trainable deltas."""
 
-import gc
 import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
@@ -12,7 +11,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from spieldose_kernels.base import Base
+from spieldose_kernels.base import Base, load_base
 from spieldose_kernels.delta import SparseDelta
 from spieldose_kernels.linear import TrainableDelta
 from spieldose_trainer import trainer
@@ -166,18 +165,22 @@ def processes() -> Iterator[BaseContext]:
     sys.path.remove(HERE)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def little_garbage() -> Iterator[None]:
-    """Keep the libraries' objects out of the collection every run begins with: 0.46 s of 0.9."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.fixture
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave a run's report away: its plots take longer than all the rest of a short run."""
     monkeypatch.setattr(trainer, "write_report", lambda *_, **__: None)
+
+
+@pytest.fixture
+def plain(tiny_directory: Path) -> Base:
+    """The tiny model as it was saved."""
+    return load_base(
+        str(tiny_directory),
+        device=torch.device("cpu"),
+        compute_dtype=torch.float32,
+        fused=False,
+        quantised=False,
+    )
 
 
 @pytest.fixture

@@ -140,6 +140,16 @@ def test_a_wrong_file_is_refused_before_the_base_is_loaded(
             refuse(configure(over=beneath))
 
 
+def test_what_mends_a_quantised_base_goes_over_no_other(
+    configure: Configure, beneath: Path, make_adapter: MakeAdapter
+) -> None:
+    adapter = make_adapter(1)
+    write_delta(beneath, Adapter(replace(adapter.info, method="repair"), adapter.modules))
+    Trainer(configure(over=beneath))
+    with pytest.raises(ConfigError, match=r"^over: .* mends a quantised base"):
+        Trainer(configure(over=beneath, quantised=False, out=beneath.parent / "b.safetensors"))
+
+
 def test_residuals_are_not_counted_twice(configure: Configure, beneath: Path) -> None:
     with pytest.raises(ConfigError, match=r"^start=residual needs a base alone"):
         configure(over=beneath, start="residual")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from spieldose_kernels.base import Base, dense_weight, load_base
+from spieldose_kernels.base import Base, dense_weight
 from spieldose_trainer import trainer
 from spieldose_trainer.errors import ConfigError
 from spieldose_trainer.methods import SelectorName
@@ -25,18 +25,6 @@ SELECTORS = get_args(SelectorName)
 
 def updater(selector: str) -> str:
     return {"momentum": "sm3", "largest": "compressed-adam"}.get(selector, "adamw")
-
-
-@pytest.fixture
-def plain(tiny_directory: Path) -> Base:
-    """The tiny model as it was saved."""
-    return load_base(
-        str(tiny_directory),
-        device=torch.device("cpu"),
-        compute_dtype=torch.float32,
-        fused=False,
-        quantised=False,
-    )
 
 
 @pytest.mark.parametrize("selector", SELECTORS)

@@ -34,9 +34,9 @@ def train(arguments: Sequence[str]) -> None:
     result = trainer.train()
     trainer.save()
     if is_first_rank():
-        size = result.file.stat().st_size / 1e6
+        size, density = result.file.stat().st_size / 1e6, trainer.adapter().info.density
         print(
-            f"{result.file}: {result.model.density:.2%} of the target weights, {size:.1f} MB, "
+            f"{result.file}: {density:.2%} of the target weights, {size:.1f} MB, "
             f"loss {result.losses[-1]:.4f}{_choice(result)}; report: "
             f"{config.folder / 'report.html'}"
         )

@@ -10,7 +10,9 @@ import torch
 from spieldose_kernels.base_spec import BaseSpec, fingerprint_checkpoint
 from spieldose_kernels.delta import Adapter
 from spieldose_trainer.config import TrainConfig
+from spieldose_trainer.errors import ConfigError
 from spieldose_trainer.interop import delta_path
+from spieldose_trainer.repair.config import METHOD
 
 
 def read_over(
@@ -18,13 +20,15 @@ def read_over(
 ) -> Adapter | None:
     """Return the adapter that a run builds on, None without one; `shapes` are all the base's.
 
-    Raises DeltaError.
+    Raises DeltaError, and ConfigError for a repair where nothing was rounded.
     """
     if config.over is None:
         return None
-    return delta_path.read(
-        config.over, BaseSpec(config.base, fingerprint_checkpoint(directory), shapes)
-    )
+    spec = BaseSpec(config.base, fingerprint_checkpoint(directory), shapes)
+    over = delta_path.read(config.over, spec)
+    if over.info.method == METHOD and not config.quantised:
+        raise ConfigError(f"over: {config.over} mends a quantised base, expected quantised with it")
+    return over
 
 
 def together(trained: Adapter, over: Adapter | None, *, dtype: torch.dtype) -> Adapter:

@@ -125,8 +125,10 @@ class Trainer:
         Those of the adapter that the run was built over are in them. Raises CheckpointError if the
         best ones cannot be read.
         """
-        dtype = getattr(torch, self.config.value_dtype)
-        return together(self._trained(), self.over, dtype=dtype)
+        return self._with_over(self._trained())
+
+    def _with_over(self, trained: Adapter) -> Adapter:
+        return together(trained, self.over, dtype=getattr(torch, self.config.value_dtype))
 
     def _trained(self) -> Adapter:
         config = self.config
@@ -147,8 +149,9 @@ class Trainer:
         config = self.config
         if is_first_rank():
             try:
-                write_delta(config.out, self.adapter())
-                self._report(self._trained())
+                trained = self._trained()
+                write_delta(config.out, self._with_over(trained))
+                self._report(trained)
             except OSError as error:
                 raise CheckpointError(
                     f"expected to write {config.out} and its report, got: {error}; "

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from spieldose_kernels.base import Base, dense_weight, load_base
+from spieldose_kernels.base import Base, dense_weight
 from spieldose_kernels.delta_file import read_delta
 from spieldose_trainer.errors import ConfigError, DataError
 from spieldose_trainer.model import SparseModel
@@ -36,18 +36,6 @@ def configure(tiny_directory: Path, tmp_path: Path) -> Configure:
         device="cpu",
     )
     return lambda **changes: replace(config, **changes)
-
-
-@pytest.fixture
-def plain(tiny_directory: Path) -> Base:
-    """The tiny model as it was saved."""
-    return load_base(
-        str(tiny_directory),
-        device=torch.device("cpu"),
-        compute_dtype=torch.float32,
-        fused=False,
-        quantised=False,
-    )
 
 
 def test_a_full_delta_gives_the_unquantised_model_back(

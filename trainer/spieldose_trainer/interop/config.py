@@ -39,7 +39,7 @@ class ConvertConfig:
                 f"source must be the directory of a PEFT adapter or a delta file, got {self.source}"
             )
         if self.target == "delta":
-            _check_delta_name(self.out)
+            check_delta_name(self.out)
             if not self.source.is_dir():
                 raise ConfigError(f"format must be shira for a delta file, got {self.format}")
 
@@ -66,9 +66,8 @@ class ExtractConfig:
         check_text("base", self.base)
         check_text("finetuned", self.finetuned)
         check_line("description", self.description)
-        _check_delta_name(self.out)
-        if not 0 < self.density <= 1:
-            raise ConfigError(f"density must be above 0 and at most 1, got {self.density}")
+        check_delta_name(self.out)
+        check_density(self.density)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +79,13 @@ class InspectConfig:
     modules: bool = False  # a line for every module instead of every kind of module
 
 
-def _check_delta_name(path: Path) -> None:
+def check_density(density: float) -> None:
+    """Raise ConfigError for what is no share of weights."""
+    if not 0 < density <= 1:
+        raise ConfigError(f"density must be above 0 and at most 1, got {density}")
+
+
+def check_delta_name(path: Path) -> None:
+    """Raise ConfigError for a path that a delta file cannot have."""
     if path.suffix != ".safetensors":
         raise ConfigError(f"out must end in .safetensors, got {path}")

@@ -2,26 +2,21 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Final
 
 from rich.table import Table
 
 from spieldose_trainer.interop.extract import Extraction
-from spieldose_trainer.interop.module_kind import by_kind
+from spieldose_trainer.interop.kind_table import kind_table
 
 NAMED: Final = 3  # tensors named in the warning
 
 
 def kept_table(extraction: Extraction) -> Table:
     """Return a line for every kind of module: entries, ‖ΔW‖, and the share of it that is kept."""
-    table = Table(box=None)
-    table.add_column("module", overflow="fold")
-    for heading in ("entries", "‖ΔW‖", "kept"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for kind, names in by_kind(extraction.squares).items():
-        table.add_row(kind, *_cells(extraction, names))
-    table.add_row("all", *_cells(extraction, list(extraction.squares)))
-    return table
+    headings = "entries", "‖ΔW‖", "kept"
+    return kind_table(headings, list(extraction.squares), partial(_cells, extraction))
 
 
 def outside_warning(extraction: Extraction) -> str | None:

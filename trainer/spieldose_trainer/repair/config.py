@@ -2,10 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from spieldose_trainer.errors import ConfigError
+from spieldose_trainer.interop.config import check_delta_name, check_density
 from spieldose_trainer.text import check_line, check_text
+
+METHOD: Final = "repair"  # in the delta file, where a training method goes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,10 +28,8 @@ class RepairConfig:
     def __post_init__(self) -> None:
         check_text("base", self.base)
         check_line("description", self.description)
-        if self.out.suffix != ".safetensors":
-            raise ConfigError(f"out must end in .safetensors, got {self.out}")
-        if not 0 < self.density <= 1:
-            raise ConfigError(f"density must be above 0 and at most 1, got {self.density}")
+        check_delta_name(self.out)
+        check_density(self.density)
         for name in ("samples", "max_length"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")

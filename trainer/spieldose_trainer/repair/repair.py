@@ -21,7 +21,7 @@ from spieldose_kernels.delta import Adapter, AdapterInfo, SparseDelta
 from spieldose_trainer.data import Example, read_examples
 from spieldose_trainer.interop import delta_path
 from spieldose_trainer.limits import Limits
-from spieldose_trainer.repair.config import RepairConfig
+from spieldose_trainer.repair.config import METHOD, RepairConfig
 from spieldose_trainer.repair.grams import input_grams
 from spieldose_trainer.repair.sparse_rows import sparse_rows
 from spieldose_trainer.residual import original_weights
@@ -80,7 +80,7 @@ def repair(config: RepairConfig) -> Repair:
     info = AdapterInfo(
         base_model=base.spec.name,
         base_fingerprint=base.spec.fingerprint,
-        method="repair",
+        method=METHOD,
         density=sum(delta.nnz for delta in modules.values()) / weights,
         description=config.description,
         settings={"density": str(config.density), "samples": str(len(examples))},

@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 from rich.table import Table
 
-from spieldose_trainer.interop.module_kind import by_kind
+from spieldose_trainer.interop.kind_table import kind_table
 from spieldose_trainer.repair.repair import Repair
 
 
@@ -14,14 +15,8 @@ def mended_table(repair: Repair) -> Table:
 
     The error is ‖(W − NF4(W))·X‖ / ‖W·X‖, over the examples' tokens.
     """
-    table = Table(box=None)
-    table.add_column("module", overflow="fold")
-    for heading in ("entries", "error in NF4", "repaired"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for kind, names in by_kind(repair.energies).items():
-        table.add_row(kind, *_cells(repair, names))
-    table.add_row("all", *_cells(repair, list(repair.energies)))
-    return table
+    headings = "entries", "error in NF4", "repaired"
+    return kind_table(headings, list(repair.energies), partial(_cells, repair))
 
 
 def _cells(repair: Repair, names: Sequence[str]) -> tuple[str, str, str]:
