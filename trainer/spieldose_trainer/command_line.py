@@ -19,6 +19,7 @@ def train(arguments: Sequence[str]) -> None:
 
     quiet_libraries()
     if config.plan:
+        _report_idle(config)
         _print_plan(config)
         return
     from rich.console import Console
@@ -29,6 +30,7 @@ def train(arguments: Sequence[str]) -> None:
 
     trainer = Trainer(config)
     if is_first_rank():
+        _report_idle(config)
         _report_too_long(config.data, trainer.examples)
         _report_too_long(config.eval_data, trainer.held_out)
     result = trainer.train()
@@ -60,6 +62,13 @@ def _choice(result: "Result") -> str:
         return ""
     nothing = ": all zero" if result.model.is_zero() else ""
     return f"; deltas of update {best.update}, whose held-out loss was lowest{nothing}"
+
+
+def _report_idle(config: TrainConfig) -> None:
+    from spieldose_trainer.idle_settings import idle_settings
+
+    for line in idle_settings(config):
+        print(line)
 
 
 def _report_too_long(path: Path | None, examples: "Examples") -> None:

@@ -1,0 +1,46 @@
+"""The settings of a run that nothing in it reads."""
+
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Final
+
+from spieldose_trainer.config import SPIEL, TrainConfig
+
+# settings, what of the run decides whether they are read, and which of its values read them
+_RULES: Final[tuple[tuple[str, str, tuple[str, ...]], ...]] = (
+    ("reselect_every", "selector", (*SPIEL, "principal")),
+    ("selection_steps first_rate initial_rate rate_schedule drop", "selector", SPIEL),
+    ("growth seed_momentum", "selector", ("gradients",)),
+    ("seed_momentum", "updater", ("adamw",)),
+    ("allocation", "selector", ("principal", "fisher", "magnitude")),
+    ("fisher_data fisher_samples", "selector", ("fisher",)),
+    ("rank", "selector", ("principal", "largest")),
+    ("rank", "sgc_variant", ("cesgc",)),
+    ("sgc_variant chunk kept", "updater", ("compressed-adam",)),
+    ("epsilon", "updater", ("zeroth-order",)),
+)
+
+
+def idle_settings(config: TrainConfig) -> list[str]:
+    """Say in a line each which settings are not at their defaults and yet have no effect."""
+    choice, changed = config.choice, set(_changed(config))
+    run: dict[str, str] = {"selector": choice.selector, "updater": choice.updater}
+    if choice.updater == "compressed-adam":
+        run["sgc_variant"] = config.sgc_variant
+    found = {
+        name: f"{part} {' or '.join(readers)} would read it, {run[part]} does not"
+        for names, part, readers in _RULES
+        for name in names.split()
+        if name in changed and part in run and run[part] not in readers
+    }
+    if "epochs" in changed and config.max_steps is not None:
+        found["epochs"] = "max_steps says how long the run is"
+    if "eval_every" in changed and config.eval_data is None:
+        found["eval_every"] = "there is no eval_data"
+    return [f"{name} has no effect: {reason}" for name, reason in found.items()]
+
+
+def _changed(config: TrainConfig) -> Iterator[str]:
+    for field in fields(config):
+        if getattr(config, field.name) != field.default:
+            yield field.name
