@@ -117,9 +117,15 @@ def test_its_chat_template_is_taken_over(
     assert adapter_of(run(configure(over=beneath, max_steps=1))).info.chat_template == template
 
 
-def test_values_have_the_type_that_was_asked_for(configure: Configure, beneath: Path) -> None:
-    file = adapter_of(run(configure(over=beneath, max_steps=1, value_dtype="bfloat16")))
-    assert {delta.values.dtype for delta in file.modules.values()} == {torch.bfloat16}
+def test_sums_are_rounded_once(configure: Configure, beneath: Path, tmp_path: Path) -> None:
+    exact, rounded = (
+        adapter_of(
+            run(configure(over=beneath, value_dtype=dtype, out=tmp_path / f"{dtype}.safetensors"))
+        )
+        for dtype in ("float32", "bfloat16")
+    )
+    for name, delta in exact.modules.items():
+        assert torch.equal(rounded.modules[name].values, delta.values.bfloat16())
 
 
 def test_a_wrong_file_is_refused_before_the_base_is_loaded(

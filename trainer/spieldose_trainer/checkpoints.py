@@ -1,38 +1,19 @@
 """A run's checkpoints on disk: which is the newest whole one, and which may go."""
 
+import hashlib
+import json
 import os
-import pickle
 import shutil
-import zipfile
-import zlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-import torch
-from transformers import TrainerControl, TrainerState
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_pt_utils import safe_globals
-
-from spieldose_kernels.delta_file import read_delta
-from spieldose_kernels.errors import DeltaError
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 DELTA: Final = "delta.safetensors"  # beside what Hugging Face's Trainer writes
 RUN_STATE: Final = "run.pt"
+DIGESTS: Final = "sha256.json"  # of the files in a checkpoint, by name; written last
 PROCESSES: Final = "processes"  # a setting of the delta's, beside those of the run's own
-# what reading a file raises that is cut short or damaged
-UNREADABLE: Final = (
-    OSError,
-    EOFError,
-    ValueError,
-    TypeError,
-    LookupError,
-    RuntimeError,
-    zipfile.BadZipFile,
-    zlib.error,
-    pickle.UnpicklingError,
-    DeltaError,
-)
 
 
 def newest_checkpoint(directory: Path) -> Path | None:
@@ -40,9 +21,14 @@ def newest_checkpoint(directory: Path) -> Path | None:
 
     Others were cut short by a crash or a full disk, or damaged since.
     """
-    found = {path: _update(path) for path in directory.glob("checkpoint-*")}
-    whole = {path: update for path, update in found.items() if update is not None}
-    return max(whole, key=lambda path: whole[path], default=None)
+    whole = filter(_is_whole, directory.glob("checkpoint-*"))
+    return max(whole, key=_update, default=None)
+
+
+def seal(checkpoint: Path) -> None:
+    """Write down what the files of a checkpoint hold; before that it is not whole."""
+    digests = {path.name: _digest(path) for path in checkpoint.iterdir()}
+    (checkpoint / DIGESTS).write_text(json.dumps(digests))
 
 
 def keep_only(checkpoint: Path) -> None:
@@ -54,29 +40,22 @@ def keep_only(checkpoint: Path) -> None:
             shutil.rmtree(other, ignore_errors=True)
 
 
-def _update(checkpoint: Path) -> int | None:
-    """Return the update after which a checkpoint was written; None if it is not whole."""
+def _is_whole(checkpoint: Path) -> bool:
     try:
-        settings = read_delta((checkpoint / DELTA).read_bytes()).info.settings
-        for name in (RUN_STATE, OPTIMIZER_NAME, SCHEDULER_NAME, *_random_states(settings)):
-            with zipfile.ZipFile(checkpoint / name) as archive:  # as torch.save writes it
-                if archive.testzip() is not None:
-                    return None
-            with safe_globals():  # NumPy's, of its random generator
-                torch.load(checkpoint / name, map_location="cpu", weights_only=True)
-        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        TrainerControl.from_state(state.stateful_callbacks[TrainerControl.__name__])
-        return int(state.global_step)
-    except UNREADABLE:
-        return None
+        digests = json.loads((checkpoint / DIGESTS).read_text())
+        return all(_digest(checkpoint / name) == digest for name, digest in digests.items())
+    except (OSError, ValueError):
+        return False
 
 
-def _random_states(settings: Mapping[str, str]) -> list[str]:
-    """Return the files that hold the processes' random generators."""
-    processes = int(settings.get(PROCESSES, 1))
-    if processes == 1:
-        return ["rng_state.pth"]
-    return [f"rng_state_{rank}.pth" for rank in range(processes)]
+def _update(checkpoint: Path) -> int:
+    """Return the update after which a whole checkpoint was written."""
+    return int(TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).global_step)
+
+
+def _digest(file: Path) -> str:
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

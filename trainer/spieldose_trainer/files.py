@@ -8,10 +8,10 @@ from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from spieldose_kernels.delta_file import temporary_beside
+from spieldose_trainer import delta_path
 from spieldose_trainer.config import TrainConfig
 from spieldose_trainer.data import read_text
 from spieldose_trainer.errors import ConfigError
-from spieldose_trainer.interop import delta_path
 
 
 def check_files(config: TrainConfig) -> None:

@@ -19,7 +19,7 @@ from spieldose_kernels.delta_file import read_delta, write_delta
 from spieldose_kernels.errors import DeltaError
 from spieldose_trainer.batches import BlanksLast, Rows
 from spieldose_trainer.callbacks import Recorder
-from spieldose_trainer.checkpoints import DELTA, RUN_STATE, keep_only
+from spieldose_trainer.checkpoints import DELTA, RUN_STATE, keep_only, seal
 from spieldose_trainer.config import TrainConfig
 from spieldose_trainer.data import Example
 from spieldose_trainer.errors import CheckpointError, NonFiniteLoss
@@ -201,6 +201,7 @@ class Loop(HuggingFaceTrainer):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()  # each process writes a file of its own
             if self.args.should_save:
+                seal(checkpoint)
                 keep_only(checkpoint)
         except (OSError, RuntimeError, SafetensorError) as error:
             # PyTorch does not say that a disk is full

@@ -91,13 +91,12 @@ class SparseModel(nn.Module):
         description: str = "",
         settings: Mapping[str, str] | None = None,
         chat_template: str = "",
-        dtype: torch.dtype = torch.float32,
     ) -> Adapter:
-        """Return the present deltas as an adapter, on the CPU, with values of `dtype`."""
+        """Return the present deltas as an adapter, on the CPU."""
         modules = {}
         for name, layer in self.layers.items():
             columns = layer.columns.to("cpu", index_dtype(layer.width))
-            values = layer.values.detach().to("cpu", dtype)
+            values = layer.values.detach().cpu()
             modules[name] = SparseDelta(layer.row_starts.cpu(), columns, values, layer.width)
         info = AdapterInfo(
             base_model=self.base.spec.name,

@@ -9,9 +9,9 @@ import torch
 
 from spieldose_kernels.base_spec import BaseSpec, fingerprint_checkpoint
 from spieldose_kernels.delta import Adapter
+from spieldose_trainer import delta_path
 from spieldose_trainer.config import TrainConfig
 from spieldose_trainer.errors import ConfigError
-from spieldose_trainer.interop import delta_path
 from spieldose_trainer.repair.config import METHOD
 
 
@@ -32,12 +32,10 @@ def read_over(
 
 
 def together(trained: Adapter, over: Adapter | None, *, dtype: torch.dtype) -> Adapter:
-    """Return what both play as one adapter, with values of `dtype`."""
-    if over is None:
-        return trained
-    modules = {**over.modules, **trained.modules}
-    for name in over.modules.keys() & trained.modules.keys():
-        modules[name] = over.modules[name].plus(trained.modules[name])
+    """Return what both play as one adapter, its values summed in float32 and rounded once."""
+    modules = dict(trained.modules)
+    for name, frozen in ({} if over is None else over.modules).items():
+        modules[name] = frozen.plus(modules[name]) if name in modules else frozen
     modules = {
         name: replace(delta, values=delta.values.to(dtype)) for name, delta in modules.items()
     }

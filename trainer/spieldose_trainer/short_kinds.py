@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable
 
-from spieldose_trainer.interop.module_kind import ModuleKind, module_kind
+from spieldose_trainer.module_kind import ModuleKind, module_kind
 
 
 def short_kinds(names: Iterable[str]) -> dict[str, ModuleKind]:

@@ -131,6 +131,7 @@ class Trainer:
         return together(trained, self.over, dtype=getattr(torch, self.config.value_dtype))
 
     def _trained(self) -> Adapter:
+        """Return the run's own deltas, with values as they were trained."""
         config = self.config
         self._loop.load_best()
         return self.model.adapter(
@@ -138,7 +139,6 @@ class Trainer:
             description=config.description,
             settings=config.shared_settings(),
             chat_template=self._template,
-            dtype=getattr(torch, config.value_dtype),
         )
 
     def save(self) -> Path:

@@ -12,7 +12,7 @@ from spieldose_kernels.delta_file import write_delta
 from spieldose_kernels.errors import BaseMismatch, DeltaError, NotADelta, TruncatedDelta
 from spieldose_trainer.interop.command_line import inspect
 from spieldose_trainer.interop.inspect import block_ranges, concentration
-from spieldose_trainer.interop.module_kind import module_kind
+from spieldose_trainer.module_kind import module_kind
 
 
 @pytest.fixture

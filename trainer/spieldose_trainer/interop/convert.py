@@ -7,8 +7,9 @@ from typing import Any, Final
 from spieldose_kernels.base_spec import BaseSpec
 from spieldose_kernels.checkpoint import checkpoint_spec
 from spieldose_kernels.delta import Adapter, AdapterInfo, SparseDelta
+from spieldose_trainer import delta_path
 from spieldose_trainer.errors import ConversionError
-from spieldose_trainer.interop import delta_path, sft, shira, super_tuning, wave_ft
+from spieldose_trainer.interop import sft, shira, super_tuning, wave_ft
 from spieldose_trainer.interop.config import ConvertConfig
 from spieldose_trainer.interop.peft_adapter import PeftAdapter, read_peft
 

@@ -11,8 +11,8 @@ from spieldose_kernels.base_spec import fingerprint_checkpoint
 from spieldose_kernels.checkpoint import find_checkpoint, target_shapes
 from spieldose_kernels.delta import Adapter, AdapterInfo, SparseDelta
 from spieldose_kernels.top_k import TopK
+from spieldose_trainer import delta_path
 from spieldose_trainer.errors import ConversionError
-from spieldose_trainer.interop import delta_path
 from spieldose_trainer.interop.checkpoint_tensors import CheckpointTensors
 from spieldose_trainer.interop.config import Allocation, ExtractConfig
 

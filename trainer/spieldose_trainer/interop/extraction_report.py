@@ -8,7 +8,7 @@ from typing import Final
 from rich.table import Table
 
 from spieldose_trainer.interop.extract import Extraction
-from spieldose_trainer.interop.kind_table import kind_table
+from spieldose_trainer.kind_table import kind_table
 
 NAMED: Final = 3  # tensors named in the warning
 

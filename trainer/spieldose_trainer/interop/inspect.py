@@ -14,9 +14,9 @@ from rich.table import Table
 
 from spieldose_kernels.checkpoint import checkpoint_spec
 from spieldose_kernels.delta import Adapter, SparseDelta
-from spieldose_trainer.interop import delta_path
+from spieldose_trainer import delta_path
 from spieldose_trainer.interop.config import InspectConfig
-from spieldose_trainer.interop.module_kind import by_kind, module_kind
+from spieldose_trainer.module_kind import by_kind, module_kind
 
 BLOCK_RANGES: Final = 3  # columns of densities: more do not fit into 80 characters
 

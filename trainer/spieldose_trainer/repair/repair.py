@@ -18,8 +18,8 @@ from spieldose_kernels.base import (
 )
 from spieldose_kernels.checkpoint import find_checkpoint, target_shapes
 from spieldose_kernels.delta import Adapter, AdapterInfo, SparseDelta
+from spieldose_trainer import delta_path
 from spieldose_trainer.data import Example, read_examples
-from spieldose_trainer.interop import delta_path
 from spieldose_trainer.limits import Limits
 from spieldose_trainer.repair.config import METHOD, RepairConfig
 from spieldose_trainer.repair.grams import input_grams

@@ -6,7 +6,7 @@ from functools import partial
 
 from rich.table import Table
 
-from spieldose_trainer.interop.kind_table import kind_table
+from spieldose_trainer.kind_table import kind_table
 from spieldose_trainer.repair.repair import Repair
 
 

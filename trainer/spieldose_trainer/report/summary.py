@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from spieldose_kernels.delta import Adapter
-from spieldose_trainer.interop.module_kind import ModuleKind
 from spieldose_trainer.memory import MemoryTable
+from spieldose_trainer.module_kind import ModuleKind
 from spieldose_trainer.report.magnitudes import Magnitudes
 from spieldose_trainer.run_log import RunLog
 from spieldose_trainer.short_kinds import short_kinds

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from rich.table import Table
 
-from spieldose_trainer.interop.module_kind import by_kind
+from spieldose_trainer.module_kind import by_kind
 
 
 def kind_table(
