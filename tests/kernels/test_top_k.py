@@ -1,5 +1,6 @@
 """The largest entries of a vector seen in blocks are those of the whole."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,14 +27,16 @@ def test_zeros_are_kept_when_there_is_room_for_all() -> None:
     assert values.tolist() == [0.0] * 10
 
 
-def test_equal_values_are_counted_once_each() -> None:
-    positions, _ = shown(torch.ones(100), [10] * 10, 7)
-    assert positions.unique().numel() == 7
+@pytest.mark.parametrize("lengths", [[100], [10] * 10, [3] * 33 + [1]])
+def test_of_equal_values_the_first_are_taken(lengths: list[int]) -> None:
+    positions, _ = shown(torch.ones(100).index_fill(0, torch.tensor([50, 97]), -2.0), lengths, 7)
+    assert positions.tolist() == [0, 1, 2, 3, 4, 50, 97]
 
 
 def test_what_is_not_a_number_is_never_among_the_largest() -> None:
     whole = torch.tensor([1.0, float("nan"), 3.0, float("nan"), 2.0])
-    assert shown(whole, [2, 3], 2)[0].tolist() == [2, 4]
+    for lengths in ([2, 3], [5]):
+        assert shown(whole, lengths, 2)[0].tolist() == [2, 4]
 
 
 def test_the_tiles_of_a_gradient_make_it_whole_and_stay_small() -> None:
