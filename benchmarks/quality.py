@@ -83,7 +83,8 @@ METHODS: dict[str, Trained] = {
 VARIANTS: dict[str, Trained] = {  # for --only: with them it would be more than 2 hours
     "spiel-ag, by gradient": ({"method": "spiel-ag", "seed_momentum": False} | SHORT, RATES),
     "spiel-ag, default settings": ({"method": "spiel-ag"}, (6e-4, 2e-3, 6e-3)),
-    "spiel-ag, over a repair": (SPREAD | {"repaired": True}, HIGHER),
+    "spiel-ag, over a repair": (SPREAD | {"repaired": 0.002}, HIGHER),  # its density
+    "spiel-ag, over a repair of 3 %": (SPREAD | {"repaired": 0.03}, HIGHER),
 }
 
 BASES = {"base": True, "base, 16 bit": False}  # whether quantised
@@ -220,8 +221,8 @@ def train(run: Run, task: Task, base: str, data: tuple[Path, Path], folder: Path
     if "peft" in settings:
         return train_peft(settings["peft"], run, task, base, data, folder)
     settings = {"density": task.rank * PER_RANK} | settings
-    if settings.pop("repaired", False):  # besides the trained weights
-        settings["over"] = repaired(base, data[0])
+    if density := settings.pop("repaired", None):  # besides the trained weights
+        settings["over"] = repaired(base, data[0], density)
     config = TrainConfig(
         **settings,
         base=base,
@@ -248,11 +249,11 @@ def train(run: Run, task: Task, base: str, data: tuple[Path, Path], folder: Path
     }
 
 
-def repaired(base: str, data: Path) -> Path:
+def repaired(base: str, data: Path, density: float) -> Path:
     """Return a delta file that mends the base on a task's training examples; made once."""
-    out = data.with_name(f"{data.stem}-repair.safetensors")
+    out = data.with_name(f"{data.stem}-repair-{density}.safetensors")
     if not out.exists():
-        repair(RepairConfig(base=base, data=data, out=out))
+        repair(RepairConfig(base=base, data=data, out=out, density=density))
     return out
 
 

@@ -3,12 +3,11 @@
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from bitsandbytes.functional import dequantize_4bit, has_avx512bf16
 from bitsandbytes.nn import Linear4bit
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -19,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from spieldose_kernels.base_spec import BaseSpec, fingerprint_checkpoint
+from spieldose_kernels.base_spec import BaseSpec, fingerprint_checkpoint, weight_files
 from spieldose_kernels.checkpoint import find_checkpoint, first_line, nf4_layers, target_shapes
 from spieldose_kernels.errors import BaseError
 
@@ -52,17 +51,30 @@ def load_base(
     directory = find_checkpoint(name)
     try:
         config = AutoConfig.from_pretrained(directory)
+        stored = getattr(config, "quantization_config", None)
+        if not quantised and stored is not None:
+            raise BaseError(f"{name}: expected a base that is not quantised, got one that is")
+        weight_files(directory)
         tokenizer = load_tokenizer(directory)
         arguments: dict[str, Any] = {}
-        if quantised and getattr(config, "quantization_config", None) is None:
+        if quantised and stored is None:
             arguments["quantization_config"] = _nf4(compute_dtype)
-        model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=compute_dtype, device_map={"": device}, **arguments
+        load: Any = AutoModelForCausalLM.from_pretrained
+        model, found = load(
+            directory,
+            dtype=compute_dtype,
+            device_map={"": device},
+            output_loading_info=True,
+            **arguments,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except BaseError:
+        raise
+    except Exception as error:  # a configuration may make transformers stumble over anything
         raise BaseError(
             f"expected a causal language model at {name}, got: {first_line(error)}"
         ) from error
+    if missing := sorted(found["missing_keys"]):  # transformers would play random numbers
+        raise BaseError(f"{name}: expected weights for {missing[0]}, got none")
     layers = nf4_layers(model, name=name) if quantised else _plain_layers(name, model, directory)
     if quantised:
         for layer in layers.values():
@@ -143,7 +155,8 @@ def _nf4(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
 
 def _plain_layers(name: str, model: PreTrainedModel, directory: Path) -> dict[str, nn.Linear]:
     """Return the layers that would have been quantised."""
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise BaseError(f"{name}: expected a base that is not quantised, got one that is")
-    layers: Any = model.get_submodule
-    return {path: layers(path) for path in target_shapes(directory)}
+    layers = {path: model.get_submodule(path) for path in target_shapes(directory)}
+    for path, layer in layers.items():
+        if not isinstance(layer, nn.Linear):
+            raise BaseError(f"{name}: expected a linear layer {path}, got {type(layer).__name__}")
+    return cast(dict[str, nn.Linear], layers)

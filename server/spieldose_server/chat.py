@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from io import TextIOWrapper
 
 from spieldose_kernels.command_line import parse
+from spieldose_kernels.terminal import say
 from spieldose_proto import inference_pb2 as pb
 from spieldose_server.ask_arguments import AskArguments
 from spieldose_server.client import Client, ClientError
 from spieldose_server.connect import connect
-from spieldose_server.terminal import say
 
 HELP = """\
 /adapter NAME  go on with this adapter; without a name, with the base

@@ -18,12 +18,12 @@ from rich.table import Table
 
 from spieldose_kernels.command_line import parse, run_subcommand
 from spieldose_kernels.errors import SpieldoseError
+from spieldose_kernels.terminal import say
 from spieldose_proto import inference_pb2 as pb
 from spieldose_server.ask_arguments import AskArguments
 from spieldose_server.config import DEFAULT_ADDRESS, DIGEST_SHOWN
 from spieldose_server.config_file import ServeArguments, checked, with_file
 from spieldose_server.connect import connect
-from spieldose_server.terminal import say
 
 Command = Callable[[Sequence[str]], None]
 

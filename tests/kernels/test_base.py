@@ -1,5 +1,6 @@
 """The base is NF4 whatever checkpoint it comes from, and is known by its content."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -8,10 +9,11 @@ import pytest
 import safetensors.torch
 import torch
 from huggingface_hub import constants
-from transformers import LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from spieldose_kernels.base import Base, dense_weight, load_base, load_tokenizer, pick_device
 from spieldose_kernels.base_spec import fingerprint_checkpoint
+from spieldose_kernels.checkpoint import target_shapes
 from spieldose_kernels.errors import BaseError
 
 CPU = torch.device("cpu")
@@ -206,6 +208,88 @@ def test_a_broken_tokenizer_is_refused(
     assert said in refused(str(directory))
     with pytest.raises(BaseError, match=re.escape(said)):
         load_tokenizer(directory)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 134\n",
+        b"\2\0\0\0\0\0\0\0[]",
+        b"\2\0\0\0\0\0\0\0{",
+        None,  # the last tensor's last byte is missing
+    ],
+)
+def test_broken_weights_have_no_fingerprint(tmp_path: Path, content: bytes | None) -> None:
+    save(tmp_path, "model.safetensors", {"a": torch.arange(3.0)})
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] if content is None else content)
+    with pytest.raises(BaseError, match=f"^{file}: expected whole safetensors, got: ") as caught:
+        fingerprint_checkpoint(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_index_says_which_files_are_a_checkpoint_s(tmp_path: Path) -> None:
+    save(tmp_path, "model-1.safetensors", {"a": torch.arange(3.0)})
+    alone = fingerprint_checkpoint(tmp_path)
+    save(tmp_path, "consolidated.safetensors", {"w": torch.arange(4)})
+    assert fingerprint_checkpoint(tmp_path) != alone
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "model-1.safetensors"}}')
+    assert fingerprint_checkpoint(tmp_path) == alone
+    index.write_text('{"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}')
+    with pytest.raises(BaseError, match=r"model-2\.safetensors: expected whole safetensors, got: "):
+        fingerprint_checkpoint(tmp_path)
+    index.write_text("[]")
+    with pytest.raises(BaseError, match=f"^{index}: expected an index of shards, got: "):
+        fingerprint_checkpoint(tmp_path)
+
+
+def test_a_whole_file_is_a_checkpoint_without_others_beside_it(tmp_path: Path) -> None:
+    save(tmp_path, "model.safetensors", {"a": torch.arange(3.0)})
+    alone = fingerprint_checkpoint(tmp_path)
+    save(tmp_path, "consolidated.safetensors", {"w": torch.arange(4)})
+    assert fingerprint_checkpoint(tmp_path) == alone
+
+
+def test_weights_that_are_missing_are_not_made_up(tiny_directory: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_directory, tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    safetensors.torch.save_file(tensors, file, {"format": "pt"})
+    said = refused(str(tmp_path / "base"))
+    assert said.endswith("expected weights for model.layers.1.mlp.up_proj.weight, got none")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"hidden_size": "64"}, {"num_attention_heads": 0}, {"hidden_size": 65}]
+)
+def test_a_configuration_that_makes_no_model_is_refused(
+    tiny_directory: Path, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    shutil.copytree(tiny_directory, tmp_path / "base")
+    file = tmp_path / "base" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    said = f"expected a causal language model at {tmp_path / 'base'}, got: "
+    assert refused(str(tmp_path / "base")).startswith(said)
+    with pytest.raises(BaseError, match=f"^{said}"):
+        target_shapes(tmp_path / "base")
+
+
+def test_layers_that_are_not_linear_are_refused_where_they_are_not_quantised(
+    tiny_directory: Path, tmp_path: Path
+) -> None:
+    config = GPT2Config(n_embd=32, n_head=2, n_layer=1, vocab_size=300)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    for file in tiny_directory.glob("token*"):
+        shutil.copy(file, tmp_path)
+    load(tmp_path)  # quantised, they are
+    said = rf"^{tmp_path}: expected a linear layer transformer\.h\.0\.attn\.c_attn, got Conv1D$"
+    with pytest.raises(BaseError, match=said):
+        load_base(
+            str(tmp_path), device=CPU, compute_dtype=torch.float32, fused=False, quantised=False
+        )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

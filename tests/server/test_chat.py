@@ -15,10 +15,10 @@ from typing import Any
 import grpc
 import pytest
 
+from spieldose_kernels.terminal import harmless
 from spieldose_proto import inference_pb2 as pb
 from spieldose_server.chat import chat
 from spieldose_server.client import NotFound, Unavailable
-from spieldose_server.terminal import harmless
 
 from ..conftest import Running, eventually
 from .fake_server import FakeServer, fails, hangs, says

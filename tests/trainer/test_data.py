@@ -107,6 +107,22 @@ def test_a_template_without_end_token_gets_one(
     assert counted(example, tokenizer) == ["Hello|", "Ciao|<|end|>"]
 
 
+@pytest.mark.parametrize("answer", ["\n\ncode", "  Hello", "\n"])
+def test_an_answer_may_begin_with_what_its_prompt_ends_in(
+    real_directory: Path, tmp_path: Path, answer: str
+) -> None:
+    """SmolLM2 has a token for two newlines, and its template ends prompts in one."""
+    tokenizer = AutoTokenizer.from_pretrained(real_directory)
+    turns = [*CHAT[1:2], {"role": "assistant", "content": answer}, *LONGER[3:]]
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"messages": turns}))
+    (example,) = read_examples(path, tokenizer, max_length=1000)
+    assert counted(example, tokenizer) == [f"{answer}<|im_end|>", "Ciao<|im_end|>"]
+    render: Any = tokenizer.apply_chat_template
+    served = render(turns[:1], add_generation_prompt=True, return_dict=False)
+    assert example.tokens[: len(served)] == served
+
+
 def test_all_but_the_first_token_of_plain_text_count(
     read: Read, tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -207,6 +223,14 @@ def test_a_unicode_line_separator_inside_a_string_does_not_end_the_line(
         (
             json.dumps({"messages": [{"role": "user", "content": ["Hi"]}, CHAT[-1]]}),
             r'expected the `content` of message 1 to be a string, got \["Hi"\]',
+        ),
+        (
+            '{"prompt": "a", "completion": "b", "completion": "c"}',
+            "expected every field once, got `completion` again",
+        ),
+        (
+            '{"messages": [{"role": "user", "role": "user", "content": "a"}]}',
+            "expected every field once, got `role` again",
         ),
         (
             r'{"prompt": "a\ud83d", "completion": "b"}',

@@ -83,6 +83,13 @@ def test_rank_is_read_by_one_of_the_two_compressions(configure: Configure) -> No
     assert not is_idle(configure, "rank", method="sgc", sgc_variant="cesgc")
 
 
+@pytest.mark.parametrize("method", ["spiel-ag", "spiel-ma", "lift", "magnitude", "sgc"])
+def test_residuals_are_said_to_leave_with_their_entries(configure: Configure, method: str) -> None:
+    lines = idle_settings(configure(method=method, start="residual"))
+    said = any(line.startswith("start=residual does not last: selector ") for line in lines)
+    assert said == (method in ("spiel-ag", "spiel-ma", "lift"))
+
+
 def test_length_and_evaluation_are_read_where_nothing_else_says_them(configure: Configure) -> None:
     assert not is_idle(configure, "epochs", max_steps=None)
     assert not is_idle(configure, "eval_every", eval_data=configure().data)

@@ -198,3 +198,56 @@ def test_weight_decay_pulls_deltas_to_zero(configure: Configure, updater: Update
         for asked in (config, replace(config, weight_decay=50.0))  # · lr 1e-2: halved every update
     )
     assert 0 < pulled < 0.5 * free
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("batch_size", "8", "a whole number"),
+        ("batch_size", 1.5, "a whole number"),
+        ("max_steps", 2.5, "a whole number or None"),
+        ("patience", True, "a whole number or None"),
+        ("density", "0.1", "a number or None"),
+        ("warmup", None, "a number"),
+        ("packing", 1, "True or False"),
+        ("modules", "q_proj", "a tuple of names"),
+        ("modules", ("q_proj", 3), "a tuple of names"),
+        ("description", None, "text"),
+        ("data", 3, "a path"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_by_name(
+    configure: Configure, field: str, value: object, expected: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        configure(**{field: value})
+    assert str(caught.value) == f"{field} must be {expected}, got {value!r}"
+
+
+def test_whole_numbers_lists_and_paths_are_taken_where_they_can_be(configure: Configure) -> None:
+    config = configure(clip=1, modules=["q_proj"], base=Path("a/b"))
+    assert (config.clip, config.modules, config.base) == (1, ("q_proj",), "a/b")
+    assert config.settings() == configure(clip=1, modules=("q_proj",), base="a/b").settings()
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({}, "spiel-ag"),
+        ({"selector": "random"}, "random"),
+        ({"method": "fisher", "updater": "zeroth-order"}, "zo"),
+        ({"method": "zo", "updater": "adamw"}, "fisher"),
+        ({"updater": "sm3"}, "gradients+sm3"),
+    ],
+)
+def test_a_file_is_named_after_what_made_it(
+    configure: Configure, changes: dict[str, str], name: str
+) -> None:
+    config = configure(max_steps=1, fisher_samples=2, **changes)
+    assert adapter_of(run(config)).info.method == name
+
+
+@pytest.mark.parametrize("method", ["spiel-ag", "spiel-ma", "sgc", "zo"])
+def test_a_run_of_one_update_makes_one(configure: Configure, method: MethodName) -> None:
+    result = run(configure(method=method, max_steps=1, warmup=0.03, fisher_samples=2))
+    assert not result.model.is_zero()

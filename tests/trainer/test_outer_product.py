@@ -44,10 +44,8 @@ def check(row: torch.Tensor, column: torch.Tensor, count: int, seed: int) -> Non
     excluded = torch.randperm(matrix.numel(), generator=generator)[:size].sort().values
     found = largest_products(row, column, count=count, excluded=excluded)
     free = matrix.index_fill(0, excluded, 0.0)
-    expected = free[free > 0].sort(descending=True).values[:count]
-    assert torch.equal(matrix[found].sort(descending=True).values, expected)
-    assert not torch.isin(found, excluded).any()
-    assert bool((found.diff() > 0).all())
+    best = free.sort(descending=True, stable=True).indices[: min(count, int((free > 0).sum()))]
+    assert torch.equal(found, best.sort().values)  # of equal ones the first
 
 
 def nothing() -> torch.Tensor:

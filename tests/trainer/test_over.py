@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +12,13 @@ from spieldose_kernels.base import Base
 from spieldose_kernels.delta import Adapter
 from spieldose_kernels.delta_file import read_delta, write_delta
 from spieldose_kernels.errors import BaseMismatch, NotADelta
+from spieldose_kernels.linear import FrozenDelta
 from spieldose_trainer import trainer
 from spieldose_trainer.errors import ConfigError
+from spieldose_trainer.mending import mends_rounding
 from spieldose_trainer.model import SparseModel
 from spieldose_trainer.planning import make_plan
+from spieldose_trainer.support import flat_positions
 from spieldose_trainer.trainer import Trainer
 
 from .configuration import Configure
@@ -88,6 +92,21 @@ def test_modules_that_are_not_trained_keep_what_lay_beneath(
     assert 0 < file.info.density < 1
 
 
+@pytest.mark.parametrize("method", ["lift", "magnitude", "row-topk"])
+def test_weights_are_compared_as_they_play(
+    configure: Configure, beneath: Path, method: str
+) -> None:
+    """The largest of what lies beneath is larger than any weight: it is in every support."""
+    frozen = read_delta(beneath.read_bytes())
+    for delta in frozen.modules.values():
+        delta.values[0] = 50.0
+    write_delta(beneath, frozen)
+    config = configure(method=method, over=beneath, max_steps=5, rank=64)
+    layers = run(config).model.layers
+    for name, delta in frozen.modules.items():
+        assert int(delta.flat()[0]) in flat_positions(layers[name]).tolist()
+
+
 def test_a_resumed_run_is_the_unbroken_one(
     configure: Configure, beneath: Path, tmp_path: Path
 ) -> None:
@@ -146,12 +165,16 @@ def test_a_wrong_file_is_refused_before_the_base_is_loaded(
             refuse(configure(over=beneath))
 
 
+@pytest.mark.parametrize(
+    "made",
+    [{"method": "repair"}, {"settings": {"start": "residual"}}, {"settings": {"mends": "nf4"}}],
+)
 def test_what_mends_a_quantised_base_goes_over_no_other(
-    configure: Configure, beneath: Path, make_adapter: MakeAdapter
+    configure: Configure, beneath: Path, make_adapter: MakeAdapter, made: dict[str, Any]
 ) -> None:
     adapter = make_adapter(1)
-    write_delta(beneath, Adapter(replace(adapter.info, method="repair"), adapter.modules))
-    Trainer(configure(over=beneath))
+    write_delta(beneath, Adapter(replace(adapter.info, **made), adapter.modules))
+    assert mends_rounding(adapter_of(run(configure(over=beneath, max_steps=1))).info)
     with pytest.raises(ConfigError, match=r"^over: .* mends a quantised base"):
         Trainer(configure(over=beneath, quantised=False, out=beneath.parent / "b.safetensors"))
 
@@ -161,6 +184,14 @@ def test_residuals_are_not_counted_twice(configure: Configure, beneath: Path) ->
         configure(over=beneath, start="residual")
 
 
-def test_a_plan_counts_the_file_in(configure: Configure, beneath: Path) -> None:
-    over, alone = make_plan(configure(over=beneath)), make_plan(configure())
-    assert over.file - alone.file == over.base - alone.base == beneath.stat().st_size
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_plan_counts_in_what_lies_beneath(
+    configure: Configure, beneath: Path, dtype: str
+) -> None:
+    config = configure(over=beneath, value_dtype=dtype, max_steps=1)
+    over, alone = make_plan(config), make_plan(replace(config, over=None))
+    size = run(config).file.stat().st_size
+    assert over.file == pytest.approx(size, rel=0.1) and alone.file < 0.8 * size
+    frozen = [FrozenDelta(delta) for delta in read_delta(beneath.read_bytes()).modules.values()]
+    held = sum(buffer.nbytes for delta in frozen for buffer in delta.buffers())
+    assert over.base - alone.base == held

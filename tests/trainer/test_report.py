@@ -123,6 +123,7 @@ def numbers_of(**changes: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def ordinary(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an ordinary run's report."""
+    torch.set_num_threads(1)  # as in the tests, and reports name it
     folder = tmp_path_factory.mktemp("ordinary")
     write_report(folder, **run())
     return folder
@@ -361,8 +362,11 @@ def test_a_report_that_cannot_be_written_leaves_the_one_before(
         {"method": "zo", "updater": "adamw", "density": 0.001, "allocation": "global"},
         {"modules": ("q_proj", "mlp.up_proj"), "quantised": False, "packing": True},
         {"selector": "fisher", "learning_rate": 3e-5, "data": Path("it's data.jsonl")},
+        {"description": "(beta) orders", "data": Path("(old).jsonl")},
+        {"description": "(1)", "modules": ("(odd",)},
+        {"description": "True", "base": "-x"},
+        {"description": "-x", "over": Path("--over")},
     ],
-    ids=["text", "method", "modules", "selector"],
 )
 def test_the_command_makes_the_same_settings_again(changes: dict[str, Any]) -> None:
     config = CONFIG(**changes)

@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 from spieldose_kernels.linear import TrainableDelta
 from spieldose_trainer.selectors.accumulated_gradients import choose_exchange
 from spieldose_trainer.selectors.candidates import Candidates
+from spieldose_trainer.selectors.momentum import MomentumApproximation
+from spieldose_trainer.selectors.schedule import ReselectionSchedule
 from spieldose_trainer.support import exchange, flat_positions
 from spieldose_trainer.updaters.adamw import SparseAdamW
+from spieldose_trainer.updaters.sm3 import SM3
 
 from .dense_run import DenseGradientRun, DenseMomentumRun, assert_follows
 
@@ -78,6 +81,53 @@ def test_a_survivor_with_the_largest_gradient_is_not_grown_again() -> None:
     )
     assert keep.tolist() == [False, True]
     assert grow.tolist() == [2]
+
+
+@pytest.mark.parametrize("candidates", [[], [5], [4, 5, 6]])
+def test_no_more_are_dropped_than_there_is_to_grow(candidates: list[int]) -> None:
+    keep, grow = choose_exchange(
+        torch.tensor([2, 3, 5, 7]),
+        torch.tensor([0.2, 0.1, -9.0, 0.3]),
+        torch.tensor(candidates, dtype=torch.int64),
+        torch.ones(len(candidates)),
+        count=3,
+    )
+    grown = [i for i, position in enumerate(candidates) if position != 5]
+    assert grow.tolist() == grown
+    assert keep.tolist() == [len(grown) < 2, len(grown) < 1, True, True]
+
+
+@pytest.mark.parametrize("density", [0.05, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("dead", [0, 1, 3])
+def test_spiel_ma_keeps_the_size_of_a_support_with_dead_columns(
+    make_trainable: Callable[..., TrainableDelta], density: float, dead: int
+) -> None:
+    generator = torch.Generator().manual_seed(dead)
+    size = max(1, int(density * 20))
+    layer = make_trainable(torch.randperm(20, generator=generator)[:size], shape=(4, 5))
+    layer.values.data.copy_(torch.randn(size, generator=generator))
+    updater = SM3([layer], lr=0.1)
+    row, column = updater.accumulators(layer.values)
+    row.copy_(torch.rand(4, generator=generator))
+    column.copy_(torch.rand(5, generator=generator))
+    column[:dead] = 0.0
+    schedule = ReselectionSchedule(every=5, steps=2, initial_rate=0.5, decay="linear", total=9)
+    selector = MomentumApproximation({"a": layer}, updater=updater, schedule=schedule)
+    before = set(flat_positions(layer).tolist())
+    replaced = selector.reselect("a", 2)  # all that can be
+    after = set(flat_positions(layer).tolist())
+    assert len(after) == size
+    assert len(after - before) == replaced
+    assert all(position % 5 >= dead for position in after - before)
+
+
+def test_a_run_may_change_its_support_any_number_of_times(
+    make_trainable: Callable[..., TrainableDelta],
+) -> None:
+    layer = make_trainable(torch.tensor([1, 2]), shape=(2, 3))
+    keep = torch.tensor([True, False])
+    exchange(layer, keep=keep, grown=torch.tensor([5]), number=1 << 20)
+    assert layer.born.tolist() == [0, torch.iinfo(torch.int16).max]
 
 
 def test_a_position_both_dropped_and_grown_is_kept() -> None:
@@ -153,6 +203,14 @@ def test_accumulated_updates_follow_a_dense_float64_run(
     assert_follows(toy, DenseGradientRun(toy))
 
 
+@pytest.mark.parametrize("normalised", [False, True])
+def test_few_entries_follow_a_dense_float64_run_over_accumulated_updates(
+    make_toy: Callable[..., Any], normalised: bool
+) -> None:
+    toy = make_toy(every=10, accumulation=3, density=0.1, normalised=normalised)
+    assert_follows(toy, DenseGradientRun(toy))
+
+
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_growth_by_correlation_follows_a_dense_float64_run(
     make_toy: Callable[..., Any], accumulation: int
@@ -180,6 +238,32 @@ def test_a_layer_without_input_grows_nowhere_by_correlation() -> None:
     assert bool((candidates.scores()[dead] == 0).all())
     assert bool((candidates.scores()[~dead].abs() > 0).all())
     assert bool((candidates.scores().abs() <= 1 + 1e-6).all())
+
+
+@pytest.mark.parametrize("updates", [1, 2, 3])
+def test_what_joins_the_first_update_late_does_not_count_in_it(updates: int) -> None:
+    draw = torch.Generator().manual_seed(0)
+    candidates = Candidates((20, 30), count=12, room=24)
+    gradients = torch.zeros(updates, 20 * 30)
+    first = torch.zeros(20 * 30)  # of the first update, from the pass on in which it was kept
+    for update in range(updates):
+        for _ in range(3):
+            x, dy = torch.randn(30, 2, generator=draw), torch.randn(20, 2, generator=draw)
+            gradients[update] += (dy @ x.t()).flatten()
+            candidates.observe(x, dy)
+            if update == 0:
+                first[candidates.positions] = candidates._update
+        candidates.finish_update()
+    at, counts = candidates.positions, candidates.counts()
+    late = (first - gradients[0]).abs()[at] > 1e-4
+    assert 0 < int(late.sum()) < 12
+    gradients[0, at] = first[at]
+    if updates > 1:
+        gradients[0, at[late]] = 0.0
+    assert torch.equal(counts, updates - late.float() * (updates > 1))
+    torch.testing.assert_close(candidates.total, gradients[:, at].sum(0))
+    torch.testing.assert_close(candidates.total_square, gradients[:, at].square().sum(0))
+    torch.testing.assert_close(candidates.scores() / updates, gradients[:, at].sum(0) / counts)
 
 
 def test_padding_does_not_change_a_correlation() -> None:

@@ -15,7 +15,7 @@ from spieldose_kernels.delta import Adapter
 from spieldose_kernels.delta_file import write_delta
 from spieldose_kernels.linear import TrainableDelta
 from spieldose_trainer.memory import tensor_bytes
-from spieldose_trainer.selectors.accumulated_gradients import CANDIDATE_FACTOR, SPARE
+from spieldose_trainer.selectors.accumulated_gradients import CANDIDATE_FACTOR, FLOOR, SPARE
 from spieldose_trainer.selectors.candidates import Candidates
 from spieldose_trainer.sizes import (
     base_bytes,
@@ -72,15 +72,16 @@ def test_a_delta_file_is_about_as_large_as_told(
 @pytest.mark.parametrize("updates", [0, 2], ids=["first update", "later"])
 @pytest.mark.parametrize("normalised", [False, True])
 def test_candidates_never_hold_more_than_told(updates: int, passes: int, normalised: bool) -> None:
-    spare = 1 if passes == 1 else SPARE
     count = CANDIDATE_FACTOR * ENTRIES
-    watcher = Candidates((HEIGHT, WIDTH), count=count, spare=spare, normalised=normalised)
+    room = None if passes == 1 else max(SPARE * count, FLOOR)
+    watcher = Candidates((HEIGHT, WIDTH), count=count, room=room, normalised=normalised)
     for _ in range(updates):
         watcher.observe(torch.randn(WIDTH, 7), torch.randn(HEIGHT, 7))
         watcher.finish_update()
     watcher.observe(torch.randn(WIDTH, 7), torch.randn(HEIGHT, 7))
     support = watcher._support
-    held = tensor_bytes([watcher.positions, watcher._update, watcher.total, watcher.total_square])
+    held = tensor_bytes([watcher.positions, watcher._update, watcher._late])
+    held += tensor_bytes([watcher.total, watcher.total_square])
     if support is not None:
         held += tensor_bytes([support.row_starts, support.columns])
     if watcher._norms is not None:

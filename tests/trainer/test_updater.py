@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from spieldose_trainer.updaters.adamw import SparseAdamW
+from spieldose_trainer.updaters.adamw import SparseAdamW, _correction
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 3.0])
@@ -21,6 +21,13 @@ def test_with_equal_ages_it_is_pytorchs_adamw(weight_decay: float) -> None:
         a.step()
         b.step()
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.9, 0.999])
+def test_young_values_are_corrected_exactly(beta: float) -> None:
+    ages = torch.tensor([1.0, 2.0, 5.0, 100.0, 1e6])
+    expected = 1 - beta ** ages.double()
+    torch.testing.assert_close(_correction(beta, ages).double(), expected, rtol=3e-7, atol=0.0)
 
 
 def test_decay_pulls_a_delta_without_gradient_to_zero() -> None:

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from spieldose_trainer.errors import ConfigError
 from spieldose_trainer.methods import (
@@ -11,6 +12,7 @@ from spieldose_trainer.methods import (
     LEARNING_RATES,
     METHODS,
     PERIODS,
+    Method,
     MethodName,
     SelectorName,
     UpdaterName,
@@ -99,8 +101,9 @@ class TrainConfig:
     description: str = ""  # one line about the adapter, kept in its file
 
     def __post_init__(self) -> None:
-        self._take_paths()
+        self._take_others()
         self._check_names()
+        self._check_types()
         choice = self.choice
         check_pair(choice.selector, choice.updater)
         self._check_values()
@@ -125,12 +128,25 @@ class TrainConfig:
         if self.gradient_checkpointing and choice.updater == "zeroth-order":
             raise ConfigError("gradient_checkpointing is for backward: zeroth-order has none")
 
-    def _take_paths(self) -> None:
-        """Take paths as str, too; type checkers, as tyro, know them as Path only."""
+    def _take_others(self) -> None:
+        """Take paths as str, too, the base as Path, and modules as any sequence of names."""
         for name, hint in get_type_hints(type(self)).items():
             value = getattr(self, name)
             if Path in (hint, *get_args(hint)) and isinstance(value, str):
                 object.__setattr__(self, name, Path(value))
+        if isinstance(self.base, Path):
+            object.__setattr__(self, "base", str(self.base))
+        if isinstance(self.modules, list):
+            object.__setattr__(self, "modules", tuple(self.modules))
+
+    def _check_types(self) -> None:
+        """Raise ConfigError for a value of another type than its setting's: Python checks none."""
+        for name, hint in get_type_hints(type(self)).items():
+            kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+            value = getattr(self, name)
+            if not any(_is_of(kind, value) for kind in kinds):
+                expected = " or ".join(_KINDS.get(get_origin(kind) or kind, "") for kind in kinds)
+                raise ConfigError(f"{name} must be {expected}, got {value!r}")
 
     def _check_names(self) -> None:
         """Raise ConfigError for a name that is not among those its setting knows."""
@@ -194,6 +210,18 @@ class TrainConfig:
             seed=self.seed,
         )
 
+    @property
+    def method_name(self) -> str:
+        """Return what to call the pair of selector and updater: a method's name, or both of them.
+
+        `method` alone may be another pair's, or that of one part.
+        """
+        choice = self.choice
+        pair = Method(choice.selector, choice.updater)
+        names = [self.method, *METHODS]
+        found = next((name for name in names if METHODS[name] == pair), None)
+        return found or f"{choice.selector}+{choice.updater}"
+
     def settings(self) -> dict[str, str]:
         """Return every setting as text, as it takes effect."""
         own = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -206,6 +234,28 @@ class TrainConfig:
         if Path(self.base).is_dir():
             paths["base"] = Path(self.base).resolve().name
         return self.settings() | paths
+
+
+_KINDS: dict[Any, str] = {
+    str: "text",
+    Path: "a path",
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    tuple: "a tuple of names",
+    NoneType: "None",
+}
+
+
+def _is_of(kind: Any, value: Any) -> bool:
+    """Say whether a value is of a setting's type, which may be a Literal; True is no number."""
+    if kind is float:
+        return isinstance(value, float) or type(value) is int
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(isinstance(each, str) for each in value)
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (

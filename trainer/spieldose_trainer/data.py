@@ -73,7 +73,8 @@ def read_examples(
     examples.limit = limits.length(max_length)
     for number, line in _lines(path):
         try:
-            example = tokenise(json.loads(line), tokenizer, or_text=or_text)
+            record = json.loads(line, object_pairs_hook=_distinct)
+            example = tokenise(record, tokenizer, or_text=or_text)
         except json.JSONDecodeError as error:
             reason = f"expected JSON, got {error.msg} at column {error.colno}"
             raise DataError(f"{path}:{number}: {reason}") from error
@@ -140,26 +141,44 @@ def _tokenise_chat(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> Ex
         raise ValueError("expected a base with a chat template for `messages`, got one without")
     render: Any = tokenizer.apply_chat_template
     eos = tokenizer.eos_token_id
+    text = ""
     tokens: list[int] = []
     counted: list[range] = []
     for number, message in enumerate(messages):
         if number == 0 or message["role"] != "assistant":  # a first message answers nothing
             continue
-        asked: list[int] = render(messages[:number], add_generation_prompt=True, return_dict=False)
-        answered: list[int] = render(messages[: number + 1], return_dict=False)
-        if asked[: len(tokens)] != tokens or answered[: len(asked)] != asked:
+        before: str = render(messages[:number], add_generation_prompt=True, tokenize=False)
+        after: str = render(messages[: number + 1], tokenize=False)
+        if not before.startswith(text) or not after.startswith(before):
             raise ValueError(
                 "expected a chat template that only appends, "
                 f"got one that rewrites what stands before message {number + 1}"
             )
+        asked = _appended(tokens, text, before, tokenizer)
+        answered = _appended(asked, before, after, tokenizer)
         answer = answered[len(asked) :]
         if eos in answer:  # templates may add a newline after it
             answer = answer[: len(answer) - answer[::-1].index(eos)]
         elif number == len(messages) - 1:
             answer.append(eos)
         counted.append(range(len(asked), len(asked) + len(answer)))
-        tokens = answered
+        tokens, text = answered, after
     return Example(tokens[: counted[-1].start] + answer, tuple(counted))
+
+
+def _appended(
+    tokens: list[int], text: str, longer: str, tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
+    """Return the tokens of a text that begins with another, whose tokens stay as they are.
+
+    An answer may begin with what a tokenizer would merge with the end of its prompt, as newlines;
+    the model is asked with the prompt's own tokens.
+    """
+    whole: list[int] = tokenizer(longer, add_special_tokens=False)["input_ids"]
+    if whole[: len(tokens)] == tokens:
+        return whole
+    rest: list[int] = tokenizer(longer[len(text) :], add_special_tokens=False)["input_ids"]
+    return tokens + rest
 
 
 def collate(examples: Sequence[Example], *, pad: int) -> dict[str, torch.Tensor]:
@@ -180,6 +199,16 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: expected a readable UTF-8 JSONL file, got {error}") from error
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of its fields; raises ValueError if it has one twice."""
+    record: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in record:
+            raise ValueError(f"expected every field once, got `{name}` again")
+        record[name] = value
+    return record
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

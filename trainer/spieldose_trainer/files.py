@@ -1,5 +1,6 @@
 """The files of a run as its settings name them: which it reads, and where it will write."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
+from spieldose_kernels.delta import Adapter
 from spieldose_kernels.delta_file import temporary_beside
 from spieldose_trainer import delta_path
 from spieldose_trainer.config import TrainConfig
@@ -14,23 +16,28 @@ from spieldose_trainer.data import read_text
 from spieldose_trainer.errors import ConfigError
 
 
-def check_files(config: TrainConfig) -> None:
-    """Raise ConfigError, DataError or DeltaError for files that cannot be read or written."""
-    check_out(config)
+def check_files(config: TrainConfig) -> Adapter | None:
+    """Return the adapter that a run is to build on, if there is one.
+
+    Raises ConfigError, DataError or DeltaError for files that cannot be read or written.
+    """
+    check_out(config.out)
     read_template(config.chat_template)
-    if config.over is not None:
-        delta_path.read(config.over)
     for path in (config.data, config.eval_data, config.fisher_data):
         if path is not None:
             read_text(path)
+    return None if config.over is None else delta_path.read(config.over)
 
 
-def check_out(config: TrainConfig) -> None:
-    """Raise ConfigError for an `out` that cannot be a file's name."""
+def check_out(out: Path) -> None:
+    """Raise ConfigError for an `out` that cannot be a file's name, or where none can be made."""
     with _writing():
-        if config.out.is_dir():
-            raise ConfigError(f"out: expected a file to write, got the directory {config.out}")
-        temporary_beside(config.out).exists()  # its name is the longest
+        if out.is_dir():
+            raise ConfigError(f"out: expected a file to write, got the directory {out}")
+        temporary_beside(out).exists()  # its name is the longest
+        above = next(path for path in out.absolute().parents if path.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+            raise ConfigError(f"out: expected a place to write to, got {above}")
 
 
 def make_folders(config: TrainConfig) -> None:

@@ -6,9 +6,11 @@ from typing import Final
 
 from spieldose_trainer.config import SPIEL, TrainConfig
 
+_CHANGING: Final = (*SPIEL, "principal")  # selectors whose support changes after some updates
+
 # settings, what of the run decides whether they are read, and which of its values read them
 _RULES: Final[tuple[tuple[str, str, tuple[str, ...]], ...]] = (
-    ("reselect_every", "selector", (*SPIEL, "principal")),
+    ("reselect_every", "selector", _CHANGING),
     ("selection_steps first_rate initial_rate rate_schedule drop", "selector", SPIEL),
     ("growth seed_momentum", "selector", ("gradients",)),
     ("seed_momentum", "updater", ("adamw",)),
@@ -22,7 +24,7 @@ _RULES: Final[tuple[tuple[str, str, tuple[str, ...]], ...]] = (
 
 
 def idle_settings(config: TrainConfig) -> list[str]:
-    """Say in a line each which settings are not at their defaults and yet have no effect."""
+    """Say in a line each which settings differ from their defaults without a lasting effect."""
     choice, changed = config.choice, set(_changed(config))
     run: dict[str, str] = {"selector": choice.selector, "updater": choice.updater}
     if choice.updater == "compressed-adam":
@@ -37,7 +39,13 @@ def idle_settings(config: TrainConfig) -> list[str]:
         found["epochs"] = "max_steps says how long the run is"
     if "eval_every" in changed and config.eval_data is None:
         found["eval_every"] = "there is no eval_data"
-    return [f"{name} has no effect: {reason}" for name, reason in found.items()]
+    lines = [f"{name} has no effect: {reason}" for name, reason in found.items()]
+    if config.start == "residual" and choice.selector in _CHANGING:
+        lines.append(
+            f"start=residual does not last: selector {choice.selector} replaces entries, and new "
+            "ones start at 0"
+        )
+    return lines
 
 
 def _changed(config: TrainConfig) -> Iterator[str]:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from rich.table import Table
 
+from spieldose_kernels.errors import one_line
 from spieldose_trainer.module_kind import by_kind
 
 
@@ -16,6 +17,6 @@ def kind_table(
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for kind, members in by_kind(names).items():
-        table.add_row(kind, *cells(members))
+        table.add_row(one_line(kind), *cells(members))
     table.add_row("all", *cells(names))
     return table

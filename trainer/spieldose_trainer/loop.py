@@ -111,7 +111,7 @@ class Loop(HuggingFaceTrainer):
         if num_items_in_batch is None:
             losses /= self.current_gradient_accumulation_steps
         self.updater.observe(*losses.tolist())
-        return losses.mean().float()
+        return losses.mean().float().to(self.args.device)
 
     def _clip_grad_norm(self, model: Any) -> Any:
         clip: Any = super()._clip_grad_norm

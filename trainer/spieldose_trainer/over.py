@@ -12,7 +12,7 @@ from spieldose_kernels.delta import Adapter
 from spieldose_trainer import delta_path
 from spieldose_trainer.config import TrainConfig
 from spieldose_trainer.errors import ConfigError
-from spieldose_trainer.repair.config import METHOD
+from spieldose_trainer.mending import MENDS, NF4, mends_rounding
 
 
 def read_over(
@@ -26,7 +26,7 @@ def read_over(
         return None
     spec = BaseSpec(config.base, fingerprint_checkpoint(directory), shapes)
     over = delta_path.read(config.over, spec)
-    if over.info.method == METHOD and not config.quantised:
+    if mends_rounding(over.info) and not config.quantised:
         raise ConfigError(f"over: {config.over} mends a quantised base, expected quantised with it")
     return over
 
@@ -41,4 +41,7 @@ def together(trained: Adapter, over: Adapter | None, *, dtype: torch.dtype) -> A
     }
     weights = sum(math.prod(delta.shape) for delta in modules.values())
     density = sum(delta.nnz for delta in modules.values()) / weights
-    return Adapter(replace(trained.info, density=density), modules)
+    settings = dict(trained.info.settings)
+    if over is not None and mends_rounding(over.info):
+        settings[MENDS] = NF4
+    return Adapter(replace(trained.info, density=density, settings=settings), modules)

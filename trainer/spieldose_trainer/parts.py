@@ -47,7 +47,7 @@ def first_support(
     found: Iterable[tuple[str, torch.Tensor]]
 
     def weight(name: str) -> torch.Tensor:
-        return dense_weight(base.layers[name], torch.float32)
+        return _played_weight(base, name, over=over)
 
     match config.choice.selector:
         case "row-topk":
@@ -85,7 +85,12 @@ def make_updater(config: TrainConfig, layers: dict[str, TrainableDelta]) -> Upda
 
 
 def make_selector(
-    config: TrainConfig, model: SparseModel, *, updater: Updater, updates: int
+    config: TrainConfig,
+    model: SparseModel,
+    *,
+    updater: Updater,
+    updates: int,
+    over: Adapter | None = None,
 ) -> Selector:
     """Return what changes the model's support in a run of so many updates."""
     choice = config.choice
@@ -121,7 +126,7 @@ def make_selector(
                 model.layers,
                 updater=updater,
                 schedule=RefreshSchedule(every=choice.reselect_every, total=updates),
-                scores=partial(_moved_principal, model, rank=config.rank),
+                scores=partial(_moved_principal, model, over=over, rank=config.rank),
             )
         case "largest":
             assert isinstance(updater, CompressedAdam)  # as `check_pair` made sure
@@ -130,9 +135,19 @@ def make_selector(
             return Selector()
 
 
-def _moved_principal(model: SparseModel, name: str, *, rank: int) -> torch.Tensor:
-    weight = dense_weight(model.base.layers[name], torch.float32)
+def _moved_principal(
+    model: SparseModel, name: str, *, over: Adapter | None, rank: int
+) -> torch.Tensor:
+    weight = _played_weight(model.base, name, over=over)
     return scores.principal(weight + model.layers[name].dense(), rank=rank)
+
+
+def _played_weight(base: Base, name: str, *, over: Adapter | None) -> torch.Tensor:
+    """Return a layer's weight with what lies over it already, [R, C] float32."""
+    weight = dense_weight(base.layers[name], torch.float32)
+    if over is None or name not in over.modules:
+        return weight
+    return weight + over.modules[name].dense(torch.float32).to(weight.device)
 
 
 def _nothing(shapes: Iterable[str]) -> Positions:

@@ -1,5 +1,6 @@
 """Plan a run from its settings and the base's configuration alone, before anything is loaded."""
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 
@@ -8,6 +9,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from spieldose_kernels.base import pick_compute_dtype, pick_device
 from spieldose_kernels.checkpoint import find_checkpoint, target_shapes
+from spieldose_kernels.delta import Adapter
 from spieldose_trainer.config import Choice, TrainConfig
 from spieldose_trainer.files import check_files
 from spieldose_trainer.limits import Limits
@@ -42,8 +44,7 @@ def make_plan(config: TrainConfig) -> Plan:
     positions, which bounds what the data can take; every layer to have the same density. What a
     selector needs of one layer at a time is left out.
     """
-    check_files(config)
-    over = 0 if config.over is None else config.over.stat().st_size
+    over = check_files(config)
     choice, directory = config.choice, find_checkpoint(config.base, weights=False)
     shapes = target_shapes(directory)
     sizes = {
@@ -64,12 +65,12 @@ def make_plan(config: TrainConfig) -> Plan:
         updater=choice.updater,
         batch_size=config.batch_size,
         length=Limits.of(base).length(config.max_length),
-        file=over
-        + sum(
+        file=sum(
             file_bytes(name, *size, dtype=getattr(torch, config.value_dtype))
-            for name, size in sizes.items()
+            for name, size in _together(sizes, over).items()
         ),
-        base=over + base_bytes(base, shapes, dtype=dtype, quantised=config.quantised),
+        base=_frozen_bytes(over)
+        + base_bytes(base, shapes, dtype=dtype, quantised=config.quantised),
         value=value,
         position=tensor_bytes(list(delta.buffers()) for delta in deltas),
         gradient=gradient,
@@ -83,6 +84,21 @@ def make_plan(config: TrainConfig) -> Plan:
         libraries=resident() if on_cpu else None,
         retention=CPU_RETENTION if on_cpu else 1.0,
     )
+
+
+def _together(sizes: Sizes, over: Adapter | None) -> Sizes:
+    """Return R, C and Z by layer of what is trained and what lies beneath; few entries are both."""
+    found = dict(sizes)
+    for name, delta in ({} if over is None else over.modules).items():
+        entries = found[name][2] if name in found else 0
+        found[name] = (*delta.shape, min(entries + delta.nnz, math.prod(delta.shape)))
+    return found
+
+
+def _frozen_bytes(over: Adapter | None) -> int:
+    """Return what an adapter takes that lies beneath a run: see `FrozenDelta`."""
+    deltas = () if over is None else over.modules.values()
+    return sum((4 + 4) * delta.nnz + 4 * (delta.shape[0] + 1) for delta in deltas)
 
 
 def _count(choice: Choice, height: int, width: int) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from spieldose_kernels.base import dense_weight
-from spieldose_trainer.errors import ConfigError
+from spieldose_trainer.errors import ConfigError, ConversionError
 from spieldose_trainer.interop.checkpoint_tensors import CheckpointTensors
 from spieldose_trainer.model import SparseModel
 from spieldose_trainer.support import flat_positions
@@ -18,13 +18,10 @@ def original_weights(directory: Path, shapes: Mapping[str, tuple[int, int]]) -> 
     Raises ConfigError if it does not.
     """
     tensors = CheckpointTensors(directory)
-    for name, shape in shapes.items():
-        found = tensors.shapes.get(f"{name}.weight")
-        if found != shape:
-            raise ConfigError(
-                f"expected {name}.weight of shape {list(shape)} in {directory}, not quantised, to "
-                f"know what NF4 rounds away, got {'none' if found is None else list(found)}"
-            )
+    try:
+        tensors.check_weights(shapes)
+    except ConversionError as error:
+        raise ConfigError(f"{error}: they tell what NF4 rounds away") from error
     return tensors
 
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from spieldose_kernels.delta import index_dtype
 from spieldose_trainer.methods import UpdaterName
-from spieldose_trainer.selectors.accumulated_gradients import CANDIDATE_FACTOR, SPARE
+from spieldose_trainer.selectors.accumulated_gradients import CANDIDATE_FACTOR, FLOOR, SPARE
 from spieldose_trainer.updaters.chunked_gradient import CANDIDATE_FACTOR as GATHERED
 from spieldose_trainer.updaters.compression import Compression
 
@@ -17,7 +17,7 @@ Shape = tuple[int, int]
 # NF4 with double quantisation: a nibble per weight, a byte per 64, a float32 per 256 of those
 NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 NF4_TABLES = 4 * (16 + 256 + 1)  # bytes per layer: both code books and the mean scale
-SUM_BYTES = 8 + 4  # a candidate's position and its gradient in the running update
+SUM_BYTES = 8 + 4 + 1  # a candidate's position, its gradient in the running update, if it is late
 CANDIDATE_BYTES = SUM_BYTES + 2 * 4  # and Σ g and Σ g², once there are any; its column besides
 HEADER_BYTES = 265  # about a module in a delta file, beside four times its name
 
@@ -59,7 +59,8 @@ def candidate_bytes(
     norms = 4 * (height + width) if normalised else 0
     weights = height * width
     count = min(CANDIDATE_FACTOR * entries, weights)
-    first = SUM_BYTES * min((1 if passes == 1 else SPARE) * count, weights)
+    room = count if passes == 1 else max(SPARE * count, FLOOR)
+    first = SUM_BYTES * min(room, weights)
     later = count * (CANDIDATE_BYTES + index_dtype(width).itemsize) + 4 * (height + 1)
     return norms + max(first, later)
 

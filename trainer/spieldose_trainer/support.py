@@ -7,6 +7,8 @@ import torch
 from spieldose_kernels.delta import SparseDelta, entry_rows
 from spieldose_kernels.linear import TrainableDelta
 
+LAST_BIRTH = torch.iinfo(torch.int16).max  # changes of support are told apart up to here
+
 
 def flat_positions(layer: TrainableDelta) -> torch.Tensor:
     """Return a layer's support as flat row-major positions, [Z] int64 ascending."""
@@ -36,5 +38,5 @@ def exchange(
     layer.row_starts.copy_(support.row_starts)
     layer.columns.copy_(support.columns)
     newcomers = order >= int(keep.sum())
-    layer.born[newcomers] = number
+    layer.born[newcomers] = min(number, LAST_BIRTH)
     return newcomers

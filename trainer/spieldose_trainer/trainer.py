@@ -63,7 +63,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, *, base: Base | None = None) -> None:
         self.config = config
-        check_out(config)
+        check_out(config.out)
         self._checkpoint = _checkpoint_to_resume(config)
         directory = find_checkpoint(config.base)
         every_shape = target_shapes(directory)
@@ -135,7 +135,7 @@ class Trainer:
         config = self.config
         self._loop.load_best()
         return self.model.adapter(
-            method=config.method,
+            method=config.method_name,
             description=config.description,
             settings=config.shared_settings(),
             chat_template=self._template,
@@ -191,10 +191,13 @@ class Trainer:
         per_epoch = math.ceil(len(rows) / (together * config.accumulation))
         updates = config.max_steps or math.ceil(config.epochs * per_epoch)
         arguments.max_steps = updates
-        arguments.warmup_steps = math.ceil(config.warmup * updates)
+        # the first update of a warm-up has a learning rate of 0: one must be left
+        arguments.warmup_steps = min(math.ceil(config.warmup * updates), updates - 1)
         updater = make_updater(config, self.model.layers)
-        selector = make_selector(config, self.model, updater=updater, updates=updates)
-        recorder = Recorder(selector, layers=self.model.layers, method=config.method)
+        selector = make_selector(
+            config, self.model, updater=updater, updates=updates, over=self.over
+        )
+        recorder = Recorder(selector, layers=self.model.layers, method=config.method_name)
         callbacks: list[Any] = [recorder, Progress(recorder.log), self._stop]
         if is_first_rank():
             callbacks.append(TensorBoardCallback(EventFile(config.folder / "tensorboard")))

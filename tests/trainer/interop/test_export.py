@@ -187,25 +187,80 @@ def test_a_directory_with_anything_in_it_is_not_overwritten(
 ) -> None:
     (tmp_path / "shira").mkdir()
     (tmp_path / "shira" / "notes.txt").write_text("mine")
-    with pytest.raises(ConversionError, match="expected to write a new directory"):
+    with pytest.raises(ConfigError, match="out must be a new directory or an empty one, got "):
         exported(adapter_of(tiny_base, {Q: 10}), tmp_path, tiny_directory)
     assert [path.name for path in (tmp_path / "shira").iterdir()] == ["notes.txt"]
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize("out", [".", "file/below"])
+@pytest.mark.parametrize(
+    ("out", "error", "said"),
+    [
+        ("file/below", ConversionError, "expected to write a new directory"),
+        (".", ConfigError, "out must be a new directory or an empty one, got"),
+        ("file", ConfigError, "out must be a new directory or an empty one, got file"),
+        ("/", ConfigError, "out must be a directory for a PEFT adapter, got /"),
+        ("b.safetensors", ConfigError, "out must be a directory for a PEFT adapter, got b"),
+    ],
+)
 def test_where_nothing_can_be_written_is_said(
     tiny_directory: Path,
     tiny_base: Base,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     out: str,
+    error: type[Exception],
+    said: str,
 ) -> None:
     (tmp_path / "file").write_text("a file")
     write_delta(tmp_path / "disc.safetensors", adapter_of(tiny_base, {Q: 10}))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConversionError, match="expected to write a new directory"):
+    with pytest.raises(error, match=f"^{said}"):
         convert(["disc.safetensors", out, "--base", str(tiny_directory)])
+
+
+def test_an_empty_directory_is_taken(tiny_directory: Path, tiny_base: Base, tmp_path: Path) -> None:
+    (tmp_path / "shira").mkdir()
+    out = exported(adapter_of(tiny_base, {Q: 10}), tmp_path, tiny_directory)
+    assert (out / "adapter_config.json").exists()
+
+
+def test_what_mends_nf4_is_not_for_peft_which_plays_the_original_weights(
+    tiny_directory: Path, tiny_base: Base, tmp_path: Path
+) -> None:
+    adapter = adapter_of(tiny_base, {Q: 10})
+    for made in ({"method": "repair"}, {"settings": {"start": "residual"}}):
+        mending = replace(adapter, info=replace(adapter.info, **made))
+        with pytest.raises(ConversionError, match="got some that make up for what NF4 rounds away"):
+            exported(mending, tmp_path, tiny_directory)
+        assert not (tmp_path / "shira").exists()
+
+
+def test_a_chat_template_goes_there_and_back(
+    tiny_directory: Path, tiny_base: Base, tmp_path: Path
+) -> None:
+    template = "{% for m in messages %}é {{ m.content }}\n{% endfor %}"
+    adapter = adapter_of(tiny_base, {Q: 10})
+    adapter = replace(adapter, info=replace(adapter.info, chat_template=template))
+    out, back = exported(adapter, tmp_path, tiny_directory), tmp_path / "back.safetensors"
+    assert (out / "chat_template.jinja").read_text(encoding="utf-8") == template
+    convert([str(out), str(back), "--base", str(tiny_directory)])
+    assert read_delta(back.read_bytes()).info.chat_template == template
+
+
+def test_another_base_s_name_is_told(
+    tiny_directory: Path, tiny_base: Base, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = exported(adapter_of(tiny_base, {Q: 10}), tmp_path, tiny_directory)
+    words = [str(out), str(tmp_path / "back.safetensors"), "--base", str(tiny_directory)]
+    convert(words)
+    assert capsys.readouterr().err == ""
+    file = out / "adapter_config.json"
+    settings = json.loads(file.read_text()) | {"base_model_name_or_path": "org/other"}
+    file.write_text(json.dumps(settings))
+    convert(words)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("spieldose convert: the adapter names org/other as its base and was ")
 
 
 def test_a_delta_file_is_not_turned_into_itself(tiny_base: Base, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from spieldose_kernels.base import Base
 from spieldose_kernels.delta import Adapter
@@ -118,7 +118,29 @@ def test_the_file_fits_the_base(tiny_directory: Path, tiny_base: Base, tuned: Pa
     info = read_delta(tuned.with_name("out.safetensors").read_bytes(), tiny_base.spec).info
     assert (info.method, info.description) == ("extract", "from a fine-tune")
     assert info.density == pytest.approx(0.03, rel=0.01)
-    assert info.settings["finetuned"] == str(tuned)
+    assert info.settings["finetuned"] == tuned.name
+    assert info.chat_template == ""
+
+
+def test_a_chat_template_of_the_fine_tune_s_own_goes_along(
+    tiny_directory: Path, tuned: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_directory)
+    tokenizer.save_pretrained(tuned)
+    assert extracted(tiny_directory, tuned).info.chat_template == ""
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    tokenizer.save_pretrained(tuned)
+    assert extracted(tiny_directory, tuned).info.chat_template == "{{ messages[0].content }}"
+
+
+def test_a_fine_tune_stored_in_fewer_bits_is_told(
+    tiny_directory: Path, tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense_model(tuned).bfloat16().save_pretrained(tmp_path / "rounded")
+    extracted(tiny_directory, tmp_path / "rounded")
+    warnings = capsys.readouterr().err.splitlines()
+    said = "spieldose extract: the base is stored in F32, the fine-tune in BF16: what that rounds"
+    assert warnings[-1].startswith(said)
 
 
 def test_what_did_not_change_is_no_entry(tiny_directory: Path, tmp_path: Path) -> None:
@@ -179,10 +201,20 @@ def test_changes_no_delta_can_carry_are_told_in_one_line(
 def test_a_tensor_that_only_one_checkpoint_has_is_told(
     tiny_directory: Path, tuned: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    safetensors.torch.save_file({"lm_head.weight": torch.ones(3)}, tuned / "head.safetensors")
+    add_tensors(tuned, {"lm_head.weight": torch.ones(3)})
     extracted(tiny_directory, tuned)
     (warning,) = capsys.readouterr().err.splitlines()
     assert warning.endswith("left out (1): lm_head.weight")
+
+
+def test_tensors_left_out_are_told_by_kind(
+    tiny_directory: Path, tuned: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [f"model.layers.{i}.{kind}.bias" for i in (0, 1) for kind in ("k\x1b[2J", "q", "v")]
+    add_tensors(tuned, {name: torch.ones(2) for name in names})
+    extracted(tiny_directory, tuned)
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.endswith(r"left out (6): k\x1b[2J.bias, q.bias, v.bias")
 
 
 def test_nothing_is_told_when_only_target_layers_changed(
@@ -256,6 +288,27 @@ def test_a_quantised_base_is_refused(tiny_base: Base, tuned: Path, tmp_path: Pat
     assert "not quantised, got [2048, 1]" in refused(tmp_path / "nf4", tuned)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_a_fine_tune_in_8_bits_is_refused(
+    tiny_directory: Path, tuned: Path, dtype: torch.dtype
+) -> None:
+    weight = dense_model(tuned).get_submodule(Q).weight.detach()
+    replace_weight(tuned, Q, (weight * 100).to(dtype))
+    said = f"expected {Q}.weight of shape [64, 64], not quantised, got [64, 64] in "
+    assert said in refused(tiny_directory, tuned)
+
+
+def test_a_place_that_cannot_be_written_is_refused_first(
+    tiny_directory: Path, tuned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CheckpointTensors, "__init__", None)
+    tuned.with_name("file").touch()
+    for out in (tuned.with_name("file") / "a.safetensors", tuned.with_name("d.safetensors")):
+        tuned.with_name("d.safetensors").mkdir(exist_ok=True)
+        with pytest.raises(ConfigError, match=r"^out: expected a "):
+            extract(f"--base {tiny_directory} --finetuned {tuned} --out {out}".split())
+
+
 def test_a_fine_tune_without_safetensors_is_refused(tiny_directory: Path, tmp_path: Path) -> None:
     (tmp_path / "tuned").mkdir()
     torch.save({"a": torch.ones(1)}, tmp_path / "tuned" / "pytorch_model.bin")
@@ -272,6 +325,12 @@ def test_a_broken_fine_tune_is_refused(tiny_directory: Path, tuned: Path) -> Non
 def test_a_density_out_of_range_is_refused(tiny_directory: Path, density: str) -> None:
     with pytest.raises(ConfigError, match="density must be above 0 and at most 1, got"):
         extracted(tiny_directory, tiny_directory, f"--density={density}")
+
+
+def add_tensors(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
+    path = directory / "model.safetensors"
+    whole = safetensors.torch.load_file(path) | tensors
+    safetensors.torch.save_file(whole, path, {"format": "pt"})
 
 
 def replace_weight(directory: Path, module: str, weight: torch.Tensor | None) -> None:

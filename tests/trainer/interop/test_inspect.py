@@ -39,6 +39,26 @@ def test_the_metadata_are_printed(file: Path, capsys: pytest.CaptureFixture[str]
     assert lines["settings"].endswith("a=b epochs=3")
 
 
+def test_what_a_file_says_does_not_steer_the_terminal(
+    make_adapter: Callable[..., Adapter], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter, path = make_adapter(1), tmp_path / "a.safetensors"
+    evil = "x\x1b]0;mine\x07\nchecks: whole, and signed\x1b[2J"
+    info = replace(adapter.info, base_model=evil, method=evil, description=evil)
+    info = replace(info, settings={"a": evil}, chat_template=f"{{{{ 1 }}}}\n{evil}")
+    write_delta(path, replace(adapter, info=info))
+    for more in ([], ["--modules"]):
+        lines = printed(capsys, str(path), *more)
+        assert not any("\x1b" in line or "\x07" in line for line in lines.values())
+        assert r"x\x1b]0;mine\x07\nchecks: whole, and signed\x1b[2J" in lines["description"]
+        assert lines["checks:"].startswith("checks: whole, well-formed")
+
+
+def test_a_layer_said_to_be_wide_takes_no_more_memory() -> None:
+    delta = SparseDelta.from_flat(torch.tensor([3, 5]), torch.ones(2), shape=(1, (1 << 31) - 1))
+    assert concentration([delta]) == (pytest.approx(1 / (1 << 31)), 1.0)
+
+
 def test_a_kind_of_module_has_one_line_with_its_blocks(
     make_adapter: Callable[..., Adapter], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

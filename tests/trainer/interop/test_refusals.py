@@ -1,6 +1,7 @@
 """What cannot be imported ends in one line that names what was expected and what was found."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -355,6 +356,31 @@ def test_wavelets_are_what_is_meant_when_nothing_is_said(
     del settings["use_idwt"]  # PEFT's default is True
     (source / "adapter_config.json").write_text(json.dumps(settings))
     assert "expected use_idwt false, got None" in refused(source, tiny_directory)
+
+
+@pytest.mark.parametrize("sparsity", [-0.5, 1.5, math.inf, math.nan, True])
+def test_a_sparsity_that_is_no_share_is_refused(
+    tiny_directory: Path, tmp_path: Path, sparsity: float
+) -> None:
+    config = peft.SupertuningConfig(target_modules=TARGETS, sparsity=0.95)
+    source = saved(peft_model(tiny_directory, config), tmp_path / "peft")
+    change_settings(source, sparsity=sparsity)
+    assert "expected" in refused(source, tiny_directory)
+
+
+@pytest.mark.parametrize("seed", [-1, 1 << 64, True])
+def test_a_seed_that_torch_does_not_take_is_refused(
+    tiny_directory: Path, tmp_path: Path, seed: int
+) -> None:
+    config = peft.WaveFTConfig(target_modules=TARGETS, n_frequency=70, use_idwt=False)
+    source = saved(peft_model(tiny_directory, config), tmp_path / "peft")
+    change_settings(source, random_loc_seed=seed)
+    assert "random_loc_seed" in refused(source, tiny_directory)
+
+
+def change_settings(source: Path, **changes: Any) -> None:
+    path = source / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 # --- another base --------------------------------------------------------------------------------

@@ -2,9 +2,10 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -150,5 +151,24 @@ def test_wrong_input_is_refused_before_the_base_is_loaded(
     tensors = load_file(packed / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(5120, 1, dtype=torch.uint8)
     save_file(tensors, packed / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ConfigError, match="not quantised, to know what NF4 rounds away, got"):
+    said = r"not quantised, got \[5120, 1\] in U8: they tell what NF4 rounds away$"
+    with pytest.raises(ConfigError, match=said):
         repair(configure(base=str(packed)))
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"^out: expected a place to write to, got "):
+        repair(configure(out=tmp_path / "file" / "below.safetensors"))
+
+
+def test_a_layer_that_text_does_not_reach_is_left_as_it_is(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def grams(*arguments: Any, **settings: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, gram in input_grams(*arguments, **settings):
+            yield name, gram * (not name.endswith("layers.1.mlp.up_proj"))
+
+    monkeypatch.setattr(module, "input_grams", grams)
+    config = configure()
+    words = f"--base {config.base} --data {config.data} --out {config.out} --device cpu"
+    command_line.repair(words.split())
+    modules = read_delta(config.out.read_bytes()).modules
+    assert len(modules) == 13 and "model.layers.1.mlp.up_proj" not in modules

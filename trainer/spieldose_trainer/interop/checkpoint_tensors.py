@@ -1,34 +1,57 @@
 """The tensors of a checkpoint, read from its shards a piece at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from spieldose_kernels.base_spec import weight_files
+from spieldose_kernels.errors import BaseError
 from spieldose_trainer.errors import ConversionError
 
 TILE_WEIGHTS: Final = 1 << 20  # 4 MB in float32
+BITS: Final = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16}  # of dtypes that are not quantised
 
 
 class CheckpointTensors:
-    """Know where every tensor of a checkpoint lies, and its shape; raises ConversionError."""
+    """Know where every tensor of a checkpoint lies, its shape and its dtype.
+
+    Raises ConversionError without safetensors files, or for broken ones.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}  # as safetensors spells them
         self._files: dict[str, Path] = {}
-        for path in sorted(directory.glob("*.safetensors")):
+        try:
+            files = weight_files(directory)
+        except BaseError as error:
+            raise ConversionError(error) from error
+        for path in files:
             try:
                 with safe_open(path, framework="pt") as file:
                     for name in file.keys():  # noqa: SIM118  # it is no mapping
-                        self.shapes[name] = tuple(file.get_slice(name).get_shape())
+                        stored = file.get_slice(name)
+                        self.shapes[name] = tuple(stored.get_shape())
+                        self.dtypes[name] = stored.get_dtype()
                         self._files[name] = path
             except (SafetensorError, OSError) as error:
                 raise ConversionError(f"{path}: expected safetensors, got: {error}") from error
-        if not self.shapes:
-            raise ConversionError(f"expected *.safetensors weights in {directory}, got none")
+
+    def check_weights(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Raise ConversionError unless these modules' weights are there, and not quantised."""
+        for module, shape in shapes.items():
+            name = f"{module}.weight"
+            found, dtype = self.shapes.get(name), self.dtypes.get(name)
+            if found != shape or dtype not in BITS:
+                got = "none" if found is None else f"{list(found)} in {dtype}"
+                raise ConversionError(
+                    f"{self.directory}: expected {name} of shape {list(shape)}, not quantised, "
+                    f"got {got}"
+                )
 
     def tiles(self, name: str) -> Iterator[torch.Tensor]:
         """Yield a tensor in order, flat float32 pieces of whole rows of its first dimension."""

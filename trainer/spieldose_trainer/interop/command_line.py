@@ -2,8 +2,10 @@
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from spieldose_kernels.command_line import parse
+from spieldose_kernels.errors import one_line
 from spieldose_trainer.interop.config import ConvertConfig, ExtractConfig, InspectConfig
 
 
@@ -16,6 +18,10 @@ def convert(arguments: Sequence[str]) -> None:
     from spieldose_trainer.interop.convert import convert as run
 
     adapter = run(config)
+    named = adapter.info.settings.get("base_model_name_or_path")  # as PEFT's settings have it
+    if named and Path(named).name != Path(config.base).resolve().name:
+        said = f"the adapter names {named} as its base and was taken for one of {config.base}"
+        print(f"spieldose convert: {one_line(said)}", file=sys.stderr)
     print(
         f"{config.out}: {adapter.nnz:,} entries in {len(adapter.modules)} modules, "
         f"{adapter.info.density:.2%} of the target weights"
@@ -31,14 +37,14 @@ def extract(arguments: Sequence[str]) -> None:
 
     quiet_libraries()
     from spieldose_trainer.interop.extract import extract as run
-    from spieldose_trainer.interop.extraction_report import kept_table, outside_warning
+    from spieldose_trainer.interop.extraction_report import kept_table, warnings
 
     extraction = run(config)
     Console(markup=False, highlight=False).print(kept_table(extraction))
     size = config.out.stat().st_size
     density = extraction.adapter.info.density
     print(f"{config.out}: {density:.2%} of the target weights, {size / 1e6:.1f} MB")
-    if warning := outside_warning(extraction):
+    for warning in warnings(extraction):
         print(f"spieldose extract: {warning}", file=sys.stderr)
 
 

@@ -42,6 +42,8 @@ class ConvertConfig:
             check_delta_name(self.out)
             if not self.source.is_dir():
                 raise ConfigError(f"format must be shira for a delta file, got {self.format}")
+        else:
+            check_new_directory(self.out)
 
     @property
     def target(self) -> Format:
@@ -83,6 +85,14 @@ def check_density(density: float) -> None:
     """Raise ConfigError for what is no share of weights."""
     if not 0 < density <= 1:
         raise ConfigError(f"density must be above 0 and at most 1, got {density}")
+
+
+def check_new_directory(path: Path) -> None:
+    """Raise ConfigError for a path at which no directory can be made, or one is already."""
+    if path.suffix == ".safetensors" or not path.absolute().name:
+        raise ConfigError(f"out must be a directory for a PEFT adapter, got {path}")
+    if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
+        raise ConfigError(f"out must be a new directory or an empty one, got {path}")
 
 
 def check_delta_name(path: Path) -> None:

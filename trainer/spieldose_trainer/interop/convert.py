@@ -9,9 +9,11 @@ from spieldose_kernels.checkpoint import checkpoint_spec
 from spieldose_kernels.delta import Adapter, AdapterInfo, SparseDelta
 from spieldose_trainer import delta_path
 from spieldose_trainer.errors import ConversionError
+from spieldose_trainer.files import read_template
 from spieldose_trainer.interop import sft, shira, super_tuning, wave_ft
 from spieldose_trainer.interop.config import ConvertConfig
-from spieldose_trainer.interop.peft_adapter import PeftAdapter, read_peft
+from spieldose_trainer.interop.peft_adapter import CHAT_TEMPLATE, PeftAdapter, read_peft
+from spieldose_trainer.mending import mends_rounding
 
 Reader = Callable[[PeftAdapter, BaseSpec], dict[str, SparseDelta]]
 
@@ -46,6 +48,11 @@ def convert(config: ConvertConfig) -> Adapter:
     else:
         adapter = delta_path.read(config.source, checkpoint_spec(config.base))
     if config.target == "shira":
+        if mends_rounding(adapter.info):
+            raise ConversionError(
+                f"{config.source}: expected deltas for weights as they were saved, which PEFT "
+                "plays, got some that make up for what NF4 rounds away"
+            )
         shira.write(adapter, config.out, base=config.base)
     else:
         delta_path.write(config.out, adapter)
@@ -56,7 +63,7 @@ def imported(
     source: PeftAdapter, base: BaseSpec, *, method: PeftMethod, description: str
 ) -> Adapter:
     """Return a PEFT adapter's deltas with where they come from; raises ConversionError."""
-    modules = method.read(source, base)
+    modules, template = method.read(source, base), source.directory / CHAT_TEMPLATE
     entries = sum(delta.nnz for delta in modules.values())
     weights = sum(height * width for height, width in base.shapes.values())
     info = AdapterInfo(
@@ -66,6 +73,7 @@ def imported(
         density=entries / weights,
         description=description,
         settings={key: str(value) for key, value in source.config.items() if _tells(value)},
+        chat_template=read_template(template if template.exists() else None),
     )
     return Adapter(info, modules)
 

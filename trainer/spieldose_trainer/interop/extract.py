@@ -3,17 +3,21 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from spieldose_kernels.base import load_tokenizer
 from spieldose_kernels.base_spec import fingerprint_checkpoint
 from spieldose_kernels.checkpoint import find_checkpoint, target_shapes
 from spieldose_kernels.delta import Adapter, AdapterInfo, SparseDelta
+from spieldose_kernels.errors import BaseError
 from spieldose_kernels.top_k import TopK
 from spieldose_trainer import delta_path
 from spieldose_trainer.errors import ConversionError
-from spieldose_trainer.interop.checkpoint_tensors import CheckpointTensors
+from spieldose_trainer.files import check_out
+from spieldose_trainer.interop.checkpoint_tensors import BITS, CheckpointTensors
 from spieldose_trainer.interop.config import Allocation, ExtractConfig
 
 
@@ -24,6 +28,7 @@ class Extraction:
     adapter: Adapter
     squares: Mapping[str, float]  # Σ ΔW² of the whole change, by module
     outside: Sequence[str]  # tensors that differ, too, and that no delta can carry
+    narrowed: tuple[str, str] | None  # dtypes, if the fine-tune's has fewer bits than the base's
 
     def kept(self, modules: Sequence[str]) -> float | None:
         """Return ‖Δ‖ / ‖ΔW‖ over these modules; None if nothing changed there."""
@@ -38,14 +43,15 @@ def extract(config: ExtractConfig) -> Extraction:
     """Write a delta file of the largest W_finetuned − W_base of the target layers.
 
     Weights are read a tile at a time: memory holds a tile, the entries kept, and as many again in
-    comparison. Values are float32. Raises BaseError and ConversionError.
+    comparison. Values are float32. A chat template that the base has not goes along. Raises
+    BaseError, ConfigError and ConversionError.
     """
-    directory = find_checkpoint(config.base)
+    check_out(config.out)
+    directory, finetuned = find_checkpoint(config.base), find_checkpoint(config.finetuned)
     shapes = target_shapes(directory)
-    base, tuned = CheckpointTensors(directory), CheckpointTensors(find_checkpoint(config.finetuned))
-    for module, shape in shapes.items():
-        for checkpoint in (base, tuned):
-            _check_weight(checkpoint, module, shape)
+    base, tuned = CheckpointTensors(directory), CheckpointTensors(finetuned)
+    for checkpoint in (base, tuned):
+        checkpoint.check_weights(shapes)
     change = Change(base, tuned)
     modules = largest_changes(change, shapes, density=config.density, allocation=config.allocation)
     if not modules:
@@ -60,15 +66,17 @@ def extract(config: ExtractConfig) -> Extraction:
         density=sum(delta.nnz for delta in modules.values()) / sum(map(math.prod, shapes.values())),
         description=config.description,
         settings={
-            "finetuned": config.finetuned,
+            "finetuned": _shared_name(config.finetuned),
             "density": str(config.density),
             "allocation": config.allocation,
         },
+        chat_template=_own_template(finetuned, directory),
     )
     adapter = Adapter(info, modules)
     delta_path.write(config.out, adapter)
     targets = {f"{module}.weight" for module in shapes}
-    return Extraction(adapter, change.squares, differing(base, tuned, leave_out=targets))
+    outside = differing(base, tuned, leave_out=targets)
+    return Extraction(adapter, change.squares, outside, _narrowed(base, tuned, sorted(targets)))
 
 
 class Change:
@@ -149,11 +157,30 @@ def _same(base: CheckpointTensors, tuned: CheckpointTensors, name: str) -> bool:
     return all(map(torch.equal, base.tiles(name), tuned.tiles(name)))
 
 
-def _check_weight(checkpoint: CheckpointTensors, module: str, shape: tuple[int, int]) -> None:
-    found = checkpoint.shapes.get(f"{module}.weight")
-    if found != shape:
-        got = "none" if found is None else list(found)
-        raise ConversionError(
-            f"{checkpoint.directory}: expected {module}.weight of shape {list(shape)}, "
-            f"not quantised, got {got}"
-        )
+def _narrowed(
+    base: CheckpointTensors, tuned: CheckpointTensors, names: Sequence[str]
+) -> tuple[str, str] | None:
+    for name in names:
+        before, after = base.dtypes[name], tuned.dtypes[name]
+        if BITS[after] < BITS[before]:
+            return before, after
+    return None
+
+
+def _shared_name(name: str) -> str:
+    """Return a model's name for a file that travels: of a directory the last part alone."""
+    return Path(name).resolve().name if Path(name).is_dir() else name
+
+
+def _own_template(finetuned: Path, base: Path) -> str:
+    """Return a fine-tune's chat template, "" if it has none or the base's."""
+    tuned, before = _template(finetuned), _template(base)
+    return tuned if tuned != before else ""
+
+
+def _template(directory: Path) -> str:
+    try:
+        template = load_tokenizer(directory).chat_template
+    except BaseError:  # a fine-tune may have been saved without its tokenizer
+        return ""
+    return template if isinstance(template, str) else ""

@@ -7,10 +7,12 @@ from typing import Final
 
 from rich.table import Table
 
+from spieldose_kernels.errors import one_line
 from spieldose_trainer.interop.extract import Extraction
 from spieldose_trainer.kind_table import kind_table
+from spieldose_trainer.module_kind import by_kind
 
-NAMED: Final = 3  # tensors named in the warning
+NAMED: Final = 5  # kinds of tensors named in a warning
 
 
 def kept_table(extraction: Extraction) -> Table:
@@ -19,13 +21,22 @@ def kept_table(extraction: Extraction) -> Table:
     return kind_table(headings, list(extraction.squares), partial(_cells, extraction))
 
 
-def outside_warning(extraction: Extraction) -> str | None:
-    """Return one line about what changed and no delta can carry; None if nothing did."""
-    outside = extraction.outside
-    if not outside:
-        return None
-    names = ", ".join(outside[:NAMED]) + (", …" if len(outside) > NAMED else "")
-    return f"tensors outside the target layers differ and are left out ({len(outside)}): {names}"
+def warnings(extraction: Extraction) -> list[str]:
+    """Say in a line each what changed and no delta can carry, and what only seems to have."""
+    said = []
+    if outside := extraction.outside:
+        kinds = list(by_kind(outside))
+        names = ", ".join(kinds[:NAMED]) + (", …" if len(kinds) > NAMED else "")
+        said.append(
+            f"tensors outside the target layers differ and are left out ({len(outside)}): {names}"
+        )
+    if extraction.narrowed is not None:
+        before, after = extraction.narrowed
+        said.append(
+            f"the base is stored in {before}, the fine-tune in {after}: what that rounds counts as "
+            "change; a base stored alike tells more"
+        )
+    return [one_line(line) for line in said]
 
 
 def _cells(extraction: Extraction, names: Sequence[str]) -> tuple[str, str, str]:

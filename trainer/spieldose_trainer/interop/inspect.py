@@ -14,6 +14,8 @@ from rich.table import Table
 
 from spieldose_kernels.checkpoint import checkpoint_spec
 from spieldose_kernels.delta import Adapter, SparseDelta
+from spieldose_kernels.errors import one_line
+from spieldose_kernels.terminal import harmless
 from spieldose_trainer import delta_path
 from spieldose_trainer.interop.config import InspectConfig
 from spieldose_trainer.module_kind import by_kind, module_kind
@@ -83,8 +85,8 @@ def concentration(deltas: Iterable[SparseDelta]) -> tuple[float, float]:
     """
     shares = [
         (
-            _half(delta.columns.long().bincount(minlength=delta.width)),
-            _half(delta.row_starts.diff()),
+            _half(delta.columns.unique(return_counts=True)[1], of=delta.width),
+            _half(delta.row_starts.diff(), of=delta.shape[0]),
         )
         for delta in deltas
         if delta.nnz
@@ -93,10 +95,10 @@ def concentration(deltas: Iterable[SparseDelta]) -> tuple[float, float]:
     return statistics.median(columns), statistics.median(rows)
 
 
-def _half(counts: torch.Tensor) -> float:
-    """Return the smallest share of counts, [n], that make up half of their sum."""
+def _half(counts: torch.Tensor, *, of: int) -> float:
+    """Return the smallest share of `of` counts, of which some [n] are given, for half their sum."""
     largest = counts.sort(descending=True).values.cumsum(0)
-    return (int((2 * largest < largest[-1]).sum()) + 1) / counts.numel()
+    return (int((2 * largest < largest[-1]).sum()) + 1) / of
 
 
 def kind_table(adapter: Adapter) -> Table:
@@ -104,7 +106,7 @@ def kind_table(adapter: Adapter) -> Table:
     ranges = block_ranges(adapter)
     table = _table("module", "entries", "density", *map(_range_name, ranges), "‖Δ‖", "max |δ|")
     for kind, names in by_kind(adapter.modules).items():
-        table.add_row(kind, *_cells(adapter, names, ranges))
+        table.add_row(one_line(kind), *_cells(adapter, names, ranges))
     table.add_row("all", *_cells(adapter, adapter.modules, ranges))
     return table
 
@@ -115,7 +117,7 @@ def module_table(adapter: Adapter) -> Table:
     for name, delta in adapter.modules.items():
         found = measure([delta])
         shape = "×".join(map(str, delta.shape))
-        table.add_row(name, shape, f"{found.entries:,}", found.density, *_sizes(found))
+        table.add_row(one_line(name), shape, f"{found.entries:,}", found.density, *_sizes(found))
     return table
 
 
@@ -135,16 +137,17 @@ def _facts(adapter: Adapter) -> Table:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    table.add_row("method", info.method)
-    table.add_row("base", f"{info.base_model} ({info.base_fingerprint[:12]})")
+    table.add_row("method", one_line(info.method))
+    table.add_row("base", one_line(f"{info.base_model} ({info.base_fingerprint[:12]})"))
     table.add_row("density", f"{info.density:.2%} of the target layers' weights")
     table.add_row("values", f"{', '.join(sorted(dtypes))} in {len(adapter.modules)} modules")
     if info.description:
-        table.add_row("description", info.description)
+        table.add_row("description", one_line(info.description))
     if info.chat_template:
-        table.add_row("chat template", info.chat_template)
+        table.add_row("chat template", harmless(info.chat_template))
     if info.settings:
-        table.add_row("settings", " ".join(f"{k}={v}" for k, v in sorted(info.settings.items())))
+        settings = (one_line(f"{k}={v}") for k, v in sorted(info.settings.items()))
+        table.add_row("settings", " ".join(settings))
     return table
 
 

@@ -17,6 +17,7 @@ from spieldose_trainer.text import is_text
 CONFIG: Final = "adapter_config.json"
 SAFETENSORS: Final = "adapter_model.safetensors"
 PICKLE: Final = "adapter_model.bin"
+CHAT_TEMPLATE: Final = "chat_template.jinja"  # as transformers saves a tokenizer's
 PREFIX: Final = "base_model.model."  # what PEFT puts before every module name of the base
 # what torch's restricted unpickler makes of bytes that are not its own
 UNREADABLE: Final = (
@@ -36,7 +37,7 @@ class PeftAdapter:
     def setting(self, name: str, kind: type | tuple[type, ...]) -> Any:
         """Return a setting of this type; raises ConversionError if there is none."""
         value = self.config.get(name)
-        if not isinstance(value, kind):
+        if not isinstance(value, kind) or isinstance(value, bool):
             raise ConversionError(f"{self.directory / CONFIG}: expected {name}, got {value!r}")
         return value
 

@@ -23,7 +23,13 @@ from spieldose_trainer.interop.entries import (
     checked_delta,
     target_shape,
 )
-from spieldose_trainer.interop.peft_adapter import CONFIG, PREFIX, SAFETENSORS, PeftAdapter
+from spieldose_trainer.interop.peft_adapter import (
+    CHAT_TEMPLATE,
+    CONFIG,
+    PREFIX,
+    SAFETENSORS,
+    PeftAdapter,
+)
 
 
 def read(source: PeftAdapter, base: BaseSpec) -> dict[str, SparseDelta]:
@@ -105,6 +111,8 @@ def write(adapter: Adapter, directory: Path, *, base: str) -> None:
         temporary.mkdir(parents=True)
         config = _config(list(modules), rank=rank, base=base)
         (temporary / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        if adapter.info.chat_template:
+            (temporary / CHAT_TEMPLATE).write_text(adapter.info.chat_template, encoding="utf-8")
         safetensors.torch.save_file(tensors, temporary / SAFETENSORS, {"format": "pt"})
         os.replace(temporary, directory)
     except (OSError, SafetensorError) as error:

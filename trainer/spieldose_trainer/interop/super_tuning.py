@@ -23,6 +23,10 @@ def read(source: PeftAdapter, base: BaseSpec) -> dict[str, SparseDelta]:
             "and save it with save_precomputed_indices=True"
         )
     sparsity = source.setting("sparsity", (int, float))
+    if not 0 <= sparsity <= 1:
+        raise ConversionError(
+            f"{source.directory}: expected a sparsity from 0 to 1, got {sparsity}"
+        )
     modules = {}
     parts = source.by_module("supertuning_indices", "supertuning_values")
     for module, (indices, values) in parts.items():

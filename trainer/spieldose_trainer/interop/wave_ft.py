@@ -21,6 +21,10 @@ def read(source: PeftAdapter, base: BaseSpec) -> dict[str, SparseDelta]:
             f"{source.config.get('use_idwt')!r}: wavelets spread over the whole weight"
         )
     seed = source.setting("random_loc_seed", int)
+    if not 0 <= seed < 1 << 63:
+        raise ConversionError(
+            f"{source.directory / CONFIG}: expected a random_loc_seed below 2^63, got {seed}"
+        )
     scaling = source.setting("scaling", (int, float))
     parts = source.by_module("waveft_spectrum")
     longest: dict[int, int] = {}  # entries by number of weights

@@ -20,6 +20,7 @@ from spieldose_kernels.checkpoint import find_checkpoint, target_shapes
 from spieldose_kernels.delta import Adapter, AdapterInfo, SparseDelta
 from spieldose_trainer import delta_path
 from spieldose_trainer.data import Example, read_examples
+from spieldose_trainer.files import check_out
 from spieldose_trainer.limits import Limits
 from spieldose_trainer.repair.config import METHOD, RepairConfig
 from spieldose_trainer.repair.grams import input_grams
@@ -52,6 +53,7 @@ def repair(config: RepairConfig) -> Repair:
     fed when the base reads the examples. What is wrong with settings or data is said before the
     base is loaded. Raises BaseError, DataError, ConfigError and ConversionError.
     """
+    check_out(config.out)
     directory = find_checkpoint(config.base)
     shapes = target_shapes(directory)
     originals = original_weights(directory, shapes)
@@ -66,6 +68,8 @@ def repair(config: RepairConfig) -> Repair:
     modules, energies = {}, {}
     grams = input_grams(base, list(shapes), examples)
     for name, gram in tqdm(grams, total=len(shapes), unit="layer", disable=None, leave=False):
+        if not bool(gram.any()):  # text does not reach it: an image tower's
+            continue
         height, width = shapes[name]
         weight = torch.cat(list(originals.tiles(f"{name}.weight"))).view(height, width).to(device)
         error = weight - dense_weight(base.layers[name], torch.float32)

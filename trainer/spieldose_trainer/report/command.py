@@ -25,15 +25,14 @@ def command(settings: Mapping[str, str]) -> str:
         if field.name in NEVER_SAID or value == defaults.get(field.name):
             continue
         flag = field.name.replace("_", "-")
-        match value:
-            case "True":
-                words.append(f"--{flag}")
-            case "False":
-                words.append(f"--no-{flag}")
-            case _ if value.startswith("("):
-                words += [f"--{flag}", *map(str, ast.literal_eval(value))]
-            case _:
-                words += [f"--{flag}", value]
+        if isinstance(field.default, bool):
+            words.append(f"--{flag}" if value == "True" else f"--no-{flag}")
+        elif isinstance(field.default, tuple):
+            words += [f"--{flag}", *ast.literal_eval(value)]
+        elif value.startswith("-"):  # or it would be taken for another option
+            words.append(f"--{flag}={value}")
+        else:
+            words += [f"--{flag}", value]
     return shlex.join(words)
 
 

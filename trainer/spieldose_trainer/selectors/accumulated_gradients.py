@@ -14,7 +14,10 @@ from spieldose_trainer.updaters.updater import Updater
 
 # candidates per support entry: at 1 the first update alone would decide the first reselection
 CANDIDATE_FACTOR = 2
-SPARE = 4  # running sums per candidate while an update of several forward passes is not complete
+# running sums per candidate, and in small layers altogether, while an update of several forward
+# passes is not complete
+SPARE = 4
+FLOOR = 1 << 16
 
 
 class AccumulatedGradients(Spiel):
@@ -45,7 +48,7 @@ class AccumulatedGradients(Spiel):
             layers, updater=updater, schedule=schedule, since_reselection=since_reselection
         )
         self.candidates: dict[str, Candidates] = {}  # empty outside a phase
-        self._spare = 1 if passes == 1 else SPARE
+        self._several = passes > 1
         self._seed_momentum = seed_momentum
         self._normalised = normalised
 
@@ -87,13 +90,14 @@ class AccumulatedGradients(Spiel):
         )
         grown = watcher.positions[grow]
         newcomers = self.exchange(name, keep=keep, grown=grown, update=update)
-        mean = watcher.total[grow] / watcher.samples
+        counts = watcher.counts()[grow]
+        mean = watcher.total[grow] / counts
         self.updater.seed(
             layer.values,
             newcomers,
             mean=mean if self._seed_momentum else torch.zeros_like(mean),
-            mean_square=watcher.total_square[grow] / watcher.samples,
-            age=watcher.samples,
+            mean_square=watcher.total_square[grow] / counts,
+            age=counts,
         )
         return grown.numel()
 
@@ -111,10 +115,11 @@ class AccumulatedGradients(Spiel):
 
     def _candidates(self, name: str) -> Candidates:
         layer = self.layers[name]
+        count = CANDIDATE_FACTOR * layer.values.numel()
         return Candidates(
             layer.shape,
-            count=CANDIDATE_FACTOR * layer.values.numel(),
-            spare=self._spare,
+            count=count,
+            room=max(SPARE * count, FLOOR) if self._several else count,
             normalised=self._normalised,
         )
 
@@ -130,12 +135,17 @@ def choose_exchange(
     """Return (keep, grow): a mask over `active` [Z], and ascending indices into `candidates` [M].
 
     The `count` smallest |change| are dropped, the `count` largest |score| outside the survivors
-    grown; a position in both sets is kept untouched. Positions are flat and ascending.
+    grown; a position in both sets is kept untouched. Where fewer candidates are left, as of a layer
+    that no gradient reached, fewer are exchanged. Positions are flat and ascending.
     """
+    dropped = changes.abs().topk(count, largest=False).indices
     keep = torch.ones(active.numel(), dtype=torch.bool, device=active.device)
-    keep[changes.abs().topk(count, largest=False).indices] = False
+    keep[dropped] = False
     score = scores.abs().masked_fill(torch.isin(candidates, active[keep]), -1.0)
-    grow = score.topk(count).indices.sort().values
-    both = torch.isin(candidates[grow], active[~keep])
+    free = int((score >= 0).sum())
+    grow = score.topk(min(count, free)).indices.sort().values
+    both = torch.isin(candidates[grow], active[dropped])
     keep |= torch.isin(active, candidates[grow][both])
+    leaving = dropped[~keep[dropped]]
+    keep[leaving[int((~both).sum()) :]] = True
     return keep, grow[~both]

@@ -39,25 +39,32 @@ class Candidates:
     """Accumulate one layer's gradient at its most promising positions.
 
     The positions are the largest |dW| of the phase's whole first update, found tile by tile: a
-    dense dW never exists. With several forward passes per update, running sums are kept at `spare`
-    times as many positions until its end: a position is missed only if it is not even among those
-    after some pass. Sums are float32. Under data parallelism every rank sees the mean gradient,
-    hence the same positions.
+    dense dW never exists. With several forward passes per update, running sums are kept at `room`
+    positions until its end. A layer of at most as many weights is exact; in a larger one a position
+    is missed that is not among those after some pass, and of one that joins them late the update
+    does not count, as it lacks the passes before: unless it is the phase's only one. Sums are
+    float32. Under data parallelism every rank sees the mean gradient, hence the same positions.
 
     If `normalised`, |dW| is measured against the norms of its row's output gradients and of its
     column's inputs in that update: that is, by how far the two are correlated.
     """
 
     def __init__(
-        self, shape: tuple[int, int], *, count: int, spare: int = 1, normalised: bool = False
+        self,
+        shape: tuple[int, int],
+        *,
+        count: int,
+        room: int | None = None,
+        normalised: bool = False,
     ) -> None:
         self.shape = shape
-        self.spare = spare
         self.count = min(count, shape[0] * shape[1])
-        self.samples = 0  # updates accumulated
+        self.room = room or self.count
+        self.samples = 0  # updates taken in
         self.positions = torch.empty(0, dtype=torch.int64)  # [M] flat row-major, ascending
         self._support: SparseDelta | None = None  # the same positions in rows, for sampling
         self._update = torch.empty(0)  # [M] gradient of the running update
+        self._late = torch.empty(0, dtype=torch.bool)  # [M] joined after the first pass
         self.total = torch.empty(0)  # [M] Σ g
         self.total_square = torch.empty(0)  # [M] Σ g²
         self._norms = Norms(shape) if normalised else None
@@ -85,19 +92,27 @@ class Candidates:
             largest.show(self._relative(self._update), first=0)
             chosen, _ = largest.largest()
             self.positions, self._update = self.positions[chosen], self._update[chosen]
+            self._late = self._late[chosen]
             self.total = torch.zeros_like(self._update)
             self.total_square = torch.zeros_like(self._update)
             self._support = SparseDelta.from_flat(self.positions, self._update, shape=self.shape)
         else:
             mean_over_ranks(self._update)
+            if self.samples == 1:
+                self.total[self._late] = self.total_square[self._late] = 0.0
         self.total += self._update
         self.total_square += self._update.square()
         self._update.zero_()
         self.samples += 1
 
+    def counts(self) -> torch.Tensor:
+        """Return of how many updates each position's sums are, [M] float32."""
+        late = self._late if self.samples > 1 else torch.zeros_like(self._late)
+        return self.samples - late.float()
+
     def scores(self) -> torch.Tensor:
         """Return what the positions are compared by, [M]."""
-        return self._relative(self.total)
+        return self._relative(self.total * (self.samples / self.counts()))
 
     def _relative(self, gradients: torch.Tensor) -> torch.Tensor:
         return gradients if self._norms is None else gradients / self._norms.at(self.positions)
@@ -105,7 +120,7 @@ class Candidates:
     def _choose(self, x: torch.Tensor, dy: torch.Tensor) -> None:
         if self._norms is not None:
             self._norms.add(x, dy)
-        largest = TopK(self.spare * self.count)
+        largest = TopK(self.room)
         for row, tile in gradient_tiles(dy, x):
             gradient, first = mean_over_ranks(tile.float()).flatten(), row * self.shape[1]
             if self.positions.numel():
@@ -115,7 +130,10 @@ class Candidates:
             if self._norms is not None:
                 gradient /= self._norms.of_rows(row, gradient.numel() // self.shape[1]).flatten()
             largest.show(gradient, first=first)
+        before = self.positions
         self.positions, self._update = largest.largest()
+        known = torch.isin(self.positions, before[~self._late])
+        self._late = ~known if before.numel() else torch.zeros_like(known)
         if self._norms is not None:
             self._update *= self._norms.at(self.positions)
 
@@ -125,13 +143,14 @@ class Candidates:
             "positions": self.positions,
             "total": self.total,
             "total_square": self.total_square,
+            "late": self._late,
             "samples": torch.tensor(self.samples),
         } | ({} if self._norms is None else self._norms.squares)
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Go on from `state_dict`."""
         self.positions, self.total = state["positions"], state["total"]
-        self.total_square = state["total_square"]
+        self.total_square, self._late = state["total_square"], state["late"]
         self.samples = int(state["samples"])
         if self._norms is not None:
             self._norms.squares = {name: state[name] for name in self._norms.squares}

@@ -9,10 +9,8 @@ import torch
 from spieldose_kernels.delta import SparseDelta
 from spieldose_kernels.linear import TrainableDelta
 from spieldose_trainer.selectors.selector import Selector
-from spieldose_trainer.support import flat_positions
+from spieldose_trainer.support import LAST_BIRTH, flat_positions
 from spieldose_trainer.updaters.compressed_adam import CompressedAdam
-
-LAST = torch.iinfo(torch.int16).max  # changes of the support are told apart up to here
 
 
 class LargestDeltas(Selector):
@@ -86,7 +84,7 @@ def add_changes(
     values[where[held]] += change[held]
     competing = torch.cat([values, change[~held]])
     everywhere = torch.cat([active, positions[~held]])
-    born = torch.full_like(everywhere, min(number, LAST), dtype=layer.born.dtype)
+    born = torch.full_like(everywhere, min(number, LAST_BIRTH), dtype=layer.born.dtype)
     born[: active.numel()] = layer.born
     stay = torch.zeros_like(competing, dtype=torch.bool)
     stay[competing.abs().topk(active.numel()).indices] = True

@@ -27,9 +27,10 @@ class MomentumApproximation(Spiel):
         survivors = active[order[count:]].sort().values
         row, column = self.updater.accumulators(layer.values)
         best = largest_products(row, column, count=count, excluded=survivors)
-        # rows and columns without a gradient so far have nothing to offer: fewer are dropped then
-        keep = torch.isin(active, best)
-        keep[order[best.numel() :]] = True
         grown = best[~torch.isin(best, active)]
+        # rows and columns without a gradient so far have nothing to offer: fewer are dropped then
+        leaving = order[:count][~torch.isin(active[order[:count]], best)][: grown.numel()]
+        keep = torch.ones_like(active, dtype=torch.bool)
+        keep[leaving] = False
         self.exchange(name, keep=keep, grown=grown, update=update)
         return grown.numel()

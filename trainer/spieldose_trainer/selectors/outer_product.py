@@ -9,13 +9,14 @@ def largest_products(
     """Return where row[i]·column[j] is largest and positive, flat row-major, [≤ count] ascending.
 
     row is [R], column [C], neither negative; `excluded` [E] are positions that do not count,
-    ascending. Exact: float32 products are exact in float64; among equal ones earlier rows of the
-    sorted vectors win. Holds O(R + C + count + E) numbers.
+    ascending. Exact: float32 products are exact in float64; of equal ones the first positions win,
+    and there are many where an entry's gradient is the largest of both its row and its column.
+    Holds O(R + C + count + E) numbers.
     """
     wanted = min(count + excluded.numel(), row.numel() * column.numel())
-    rows, row_order = row.double().sort(descending=True, stable=True)
+    rows = row.double()
     columns, column_order = column.double().sort(descending=True, stable=True)
-    if not count or not wanted or not rows[0] * columns[0] > 0:
+    if not count or not wanted or not rows.max() * columns[0] > 0:
         return excluded.new_empty(0)
     least = _threshold(rows, columns, wanted)
     above = _prefix(rows, columns, least, strict=True)
@@ -25,9 +26,9 @@ def largest_products(
     length = above + equal  # of each row, how many of its largest columns are among the wanted
     i = torch.repeat_interleave(torch.arange(rows.numel(), device=row.device), length)
     j = torch.arange(i.numel(), device=row.device) - (length.cumsum(0) - length)[i]
-    positions = row_order[i] * column.numel() + column_order[j]
+    positions, order = (i * column.numel() + column_order[j]).sort()
     free = ~torch.isin(positions, excluded)
-    positions, products = positions[free], (rows[i] * columns[j])[free]
+    positions, products = positions[free], (rows[i] * columns[j])[order][free]
     best = products.sort(descending=True, stable=True).indices[:count]
     return positions[best].sort().values
 
@@ -37,7 +38,7 @@ def _threshold(rows: torch.Tensor, columns: torch.Tensor, wanted: int) -> float:
 
     Bisects over the bits of float64: positive floats are ordered as their bits are.
     """
-    low, high = 1, int((rows[0] * columns[0]).view(torch.int64))
+    low, high = 1, int((rows.max() * columns[0]).view(torch.int64))
     while low < high:
         middle = low + (high - low + 1) // 2
         if int(_prefix(rows, columns, _float(middle), strict=False).sum()) >= wanted:

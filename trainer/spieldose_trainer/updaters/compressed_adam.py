@@ -96,6 +96,7 @@ class CompressedAdam(Updater):
 
     @torch.no_grad()
     def _observe_projected(self, name: str, x: torch.Tensor, dy: torch.Tensor) -> None:
+        """Take in a backward pass; a new space is that of an update's first."""
         state, gradient = self._state(name), self._gradients[name]
         x, dy = x.float(), dy.float()  # there is no decomposition of bfloat16
         if gradient.empty and state.get("updates", 0) % self.compression.refresh == 0:

@@ -46,7 +46,7 @@ class Updater(torch.optim.Optimizer, ABC):
         *,
         mean: torch.Tensor,
         mean_square: torch.Tensor,
-        age: int,
+        age: torch.Tensor | float,
     ) -> None:
         """Start the entries at the mask `where` as if they had seen `age` gradients of these means.
 

@@ -1,4 +1,4 @@
-"""What a model says, on a terminal: its control characters are shown, not obeyed.
+"""What a model or a file says, on a terminal: its control characters are shown, not obeyed.
 
 An escape sequence could retitle the window, hide what follows, or type for whoever sits there.
 """
