@@ -139,6 +139,14 @@ class Slab:
             start = self.arena.allocate(packed.nbytes)
             slot = self._free_slots.pop()
             self._extents[slot] = (start, packed.nbytes)
+        try:
+            self._write(slot, start, packed)
+        except BaseException:
+            self.remove(slot)
+            raise
+        return slot
+
+    def _write(self, slot: int, start: int, packed: PackedAdapter) -> None:
         table = torch.zeros(len(self._modules), FIELDS, dtype=torch.int64)
         for module, (*counts, starts, rows, columns, values) in packed.records.items():
             offsets = (start + offset for offset in (starts, rows, columns, values))
@@ -149,7 +157,6 @@ class Slab:
             self._tables[:, slot].copy_(table, non_blocking=True)
         if self._stream is not None:
             self._stream.synchronize()
-        return slot
 
     def remove(self, slot: int) -> None:
         """Give a slot and its memory back."""

@@ -158,7 +158,8 @@ def make_token() -> str:
 
 def hashed(token: str) -> str:
     """Return what the file holds of a token."""
-    return hashlib.sha256(token.encode()).hexdigest()
+    raw = token.encode(errors="surrogateescape")  # of bytes that were no UTF-8
+    return hashlib.sha256(raw).hexdigest()
 
 
 def _add(tenants: Tenants, table: Any, what: str) -> None:

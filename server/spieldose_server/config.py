@@ -1,5 +1,6 @@
 """Every setting of the server; the command line is derived from this one dataclass."""
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from spieldose_server.errors import ConfigError
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 TENANT = "spieldose-tenant"  # key of the calls' metadata that names who asks
 DIGEST_SHOWN = 12  # hex digits that tell versions apart for people, and enough to ask for one
+LARGEST = (1 << 31) - 1  # of a number that gRPC takes
 MESSAGE_BYTES = 8 << 20  # above the prompts' limit, so that too long a one gets its own error
 LogFormat = Literal["text", "json"]
 
@@ -66,14 +68,18 @@ class ServerConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+            if getattr(self, name) > LARGEST:
+                raise ConfigError(f"{name} must be at most {LARGEST}, got {getattr(self, name)}")
         for name in (
             "adapter_memory",
             "host_memory",
             "drain_seconds",
             "tenant_tokens_per_second",
         ):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(
+                    f"{name} must be finite and not negative, got {getattr(self, name)}"
+                )
         _check_address("listen", self.listen, sockets=True)
         if self.admin_listen:
             _check_address("admin_listen", self.admin_listen, sockets=True)
@@ -81,8 +87,7 @@ class ServerConfig:
             _check_address("http_listen", self.http_listen, sockets=False)
         if self.metrics_listen:
             _check_address("metrics_listen", self.metrics_listen, sockets=False)
-        url = urlsplit(self.otlp_endpoint)
-        if self.otlp_endpoint and not (url.scheme in ("http", "https") and url.hostname):
+        if self.otlp_endpoint and not _is_url(self.otlp_endpoint):
             raise ConfigError(
                 f"otlp_endpoint: expected http://HOST:PORT or https://…, got {self.otlp_endpoint!r}"
             )
@@ -94,6 +99,14 @@ class ServerConfig:
             raise ConfigError("tls_client_ca: expected a tls_certificate beside it, got none")
         if not os.path.isdir(self.adapters):  # Path's own raises where a name is too long
             raise ConfigError(f"adapters must be a directory, got {self.adapters}")
+
+
+def _is_url(text: str) -> bool:
+    try:
+        url = urlsplit(text)
+    except ValueError:  # of half an IPv6 address, for one
+        return False
+    return url.scheme in ("http", "https") and bool(url.hostname)
 
 
 def _check_address(name: str, address: str, *, sockets: bool) -> None:

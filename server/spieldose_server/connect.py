@@ -20,6 +20,8 @@ def connect(server: str, *, retries: int = RETRIES) -> Client:
         pem = [Path(file).read_bytes() if file else None for file in files]
     except OSError as error:
         raise ConfigError(f"expected a readable PEM file, got: {error}") from error
+    if bool(pem[1]) != bool(pem[2]):  # gRPC would end the process
+        raise ConfigError("expected SPIELDOSE_KEY and SPIELDOSE_CERTIFICATE, or neither, got one")
     credentials = grpc.ssl_channel_credentials(*pem) if any(pem) else None
-    token = os.environ.get("SPIELDOSE_TOKEN", "")
+    token = os.environ.get("SPIELDOSE_TOKEN", "").strip()  # files of secrets end in a newline
     return Client(server, token=token, credentials=credentials, retries=retries)

@@ -58,6 +58,7 @@ class AdapterDirectory:
         ] = {}  # the file state last published, rejected or unloaded
         self._seen: dict[str, tuple[FileStamp, float]] = {}  # not yet settled, and since when
         self._busy = asyncio.Lock()  # one file at a time
+        self._loading: set[asyncio.Task[None]] = set()  # by call
         self._there = True
 
     async def take_up(self) -> None:
@@ -113,8 +114,10 @@ class AdapterDirectory:
     async def reconcile(self) -> bool:
         """Compare the directory with what is known; return whether a file has yet to settle.
 
+        It does not go on for long: files and keys that go meanwhile count soon, however many came.
         While the directory itself is not there, everything stays as it is.
         """
+        began = time.monotonic()
         self._judge()
         try:
             found = await asyncio.to_thread(self._files.scan)
@@ -127,17 +130,37 @@ class AdapterDirectory:
         for name in self._taken.keys() - found.keys():
             del self._taken[name]
             self._store.retire(name)
-        self._seen = {name: seen for name, seen in self._seen.items() if name in found}
-        for name, stamp in found.items():
-            if stamp != self._taken.get(name):
-                async with self._busy:
-                    await self._consider(name, stamp)
+        changed = {name: s for name, s in found.items() if s != self._taken.get(name)}
+        self._seen = {name: seen for name, seen in self._seen.items() if name in changed}
+        for name, stamp in changed.items():
+            async with self._busy:
+                await self._consider(name, stamp)
+            if time.monotonic() - began > RESCAN_MILLISECONDS / 1000:
+                return True
         return bool(self._seen)
 
     async def load(self, name: str) -> None:
-        """Take up a file now. Raises NoSuchFile if it is not there, RejectedAdapter if bad."""
+        """Take up a file now. Raises NoSuchFile if it is not there, RejectedAdapter if bad.
+
+        Once begun it is done, also if who asked goes away.
+        """
+
+        def forget(task: asyncio.Task[None]) -> None:
+            self._loading.discard(task)
+            if not task.cancelled():
+                task.exception()  # whoever still waits is told
+
+        task = asyncio.create_task(self._load(name))
+        self._loading.add(task)
+        task.add_done_callback(forget)
+        await asyncio.shield(task)
+
+    async def _load(self, name: str) -> None:
         async with self._busy:
-            found = await asyncio.to_thread(self._files.scan)
+            try:
+                found = await asyncio.to_thread(self._files.scan)
+            except OSError as error:
+                raise UnreadableAdapter(f"expected the adapter directory, got: {error}") from error
             if name not in found:
                 raise NoSuchFile(f"expected {name}{SUFFIX} in the adapter directory, got none")
             if not await self._take(name, found[name]):
@@ -165,6 +188,7 @@ class AdapterDirectory:
                     self._keys.check(version.signature)
                 except UntrustedDelta as error:
                     self._store.reject(version, str(error))
+                    self._taken[version.name] = None  # it may be signed anew by now
 
     async def _consider(self, name: str, stamp: FileStamp) -> None:
         now = time.monotonic()
@@ -188,6 +212,9 @@ class AdapterDirectory:
             return False
         except (DeltaError, AdapterTooLarge, OSError) as error:
             self._store.reject(version, str(error))
+        except asyncio.CancelledError:
+            self._store.abandon(version)
+            raise
         except Exception as error:  # whatever one file does to us, the others are still taken up
             log.exception("reading adapter %s", name)
             self._store.reject(version, f"expected a readable file, got {type(error).__name__}")

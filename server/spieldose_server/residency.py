@@ -21,6 +21,7 @@ from spieldose_kernels.slab import Slab
 from spieldose_kernels.sliced import PackedAdapter
 from spieldose_server.errors import AdapterTooLarge, NoRoom
 from spieldose_server.files import AdapterFiles, Content, FileChanged
+from spieldose_server.threads import LOADERS
 from spieldose_server.versions import Version
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ class Residency:
         self._arrived: dict[Version, None] = {}  # those on the device, in the order they came
         self._reads: dict[Version, asyncio.Task[PackedAdapter]] = {}
         self._loads: dict[Version, asyncio.Task[None]] = {}
+        self._readers = asyncio.Semaphore(LOADERS)
         self._turn = asyncio.Lock()  # whoever was read first gets room first
         self._freed = asyncio.Event()
         self.evictions = 0
@@ -154,7 +156,9 @@ class Residency:
         began = time.perf_counter()
         version.awaited = True
         try:
-            await self.read(version)  # beside other versions' turns
+            async with self._readers:  # as many as there are workers: the others may give up
+                _check_needed(version)
+                await self.read(version)
             async with self._turn:
                 # again, because it may have been evicted since: waiting versions fill no memory
                 await self._place(version, await self.read(version))
@@ -167,8 +171,7 @@ class Residency:
         """Copy a version to the device, once there is room."""
         try:
             while version.slot is None:
-                if version.retired or not (version.leases or version.pinned):
-                    raise Superseded
+                _check_needed(version)
                 self._freed.clear()
                 try:
                     await self._put(version, packed)
@@ -235,6 +238,12 @@ class Residency:
         if self._host.pop(version, None) is not None:
             version.on_host = False
             self._changed(version)
+
+
+def _check_needed(version: Version) -> None:
+    """Raise Superseded if nobody is to play a version any more."""
+    if version.retired or not (version.leases or version.pinned):
+        raise Superseded
 
 
 async def _shared(

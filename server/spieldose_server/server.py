@@ -13,6 +13,7 @@ from grpc_health.v1 import health_pb2
 from prometheus_client import start_http_server
 
 from spieldose_kernels.base import Base, load_base, pick_compute_dtype, pick_device
+from spieldose_kernels.checkpoint import first_line
 from spieldose_proto import inference_pb2 as pb
 from spieldose_proto import inference_pb2_grpc as rpc
 from spieldose_server.access import Access
@@ -57,8 +58,8 @@ async def serve(config: ServerConfig) -> None:
         loop.add_signal_handler(number, stop.set)
     base = await asyncio.to_thread(apart, partial(load, config))
     server = Server(base, config)
-    await server.start()
     try:
+        await server.start()
         while not stop.is_set():
             server.check()
             with contextlib.suppress(TimeoutError):
@@ -81,7 +82,13 @@ class Server:
     def __init__(self, base: Base, config: ServerConfig) -> None:
         self.config = config = budgeted(config, base.model)
         access = Access(Path(config.access)) if config.access else None
-        self.engine = apart(partial(Engine, base, config))
+        try:
+            self.engine = apart(partial(Engine, base, config))
+        except (RuntimeError, MemoryError) as error:  # PyTorch's, of memory that is not there
+            raise ConfigError(
+                f"adapter_memory, kv_tokens: expected memory for {config.adapter_memory} bytes of "
+                f"adapters and {config.kv_tokens} tokens, got: {first_line(error)}"
+            ) from error
         self._loaders = loaders()
         slab = self.engine.slab
         keys = TrustedKeys.of(config)
@@ -146,7 +153,10 @@ class Server:
             port.open()
         self._serve_metrics()
         self.engine.start()
-        await self.directory.take_up()
+        try:
+            await self.directory.take_up()
+        except OSError as error:
+            raise ConfigError(f"adapters: expected a readable directory, got: {error}") from error
         self._watching = asyncio.create_task(self.directory.watch())
         for service in ("", INFERENCE, ADAPTERS):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
@@ -178,7 +188,9 @@ class Server:
             return
         host, _, port = self.config.metrics_listen.rpartition(":")
         try:
-            self._metrics_server, _ = start_http_server(int(port), host, self.metrics.registry)
+            self._metrics_server, _ = start_http_server(
+                int(port), host.strip("[]"), self.metrics.registry
+            )
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"metrics_listen: expected a free address, got {self.config.metrics_listen}"
@@ -204,7 +216,7 @@ class Server:
         if self._metrics_server is not None:
             await asyncio.to_thread(self._metrics_server.shutdown)
             self._metrics_server.server_close()
-        self._loaders.shutdown()
+        await asyncio.to_thread(partial(self._loaders.shutdown, cancel_futures=True))
         await asyncio.to_thread(self.engine.stop)
         if self._tracing is not None:
             await asyncio.to_thread(self._tracing.close)

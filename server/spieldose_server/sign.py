@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import tyro
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -68,7 +69,8 @@ def read_key(path: Path) -> Ed25519PrivateKey:
     """Read a private key. Raises ConfigError."""
     try:
         key = serialization.load_pem_private_key(path.read_bytes(), password=None)
-    except (OSError, ValueError, TypeError) as error:  # the last one: a password protects it
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
+        # TypeError: a password protects it
         raise ConfigError(f"{path}: expected a private key as PEM, got: {error}") from error
     if not isinstance(key, Ed25519PrivateKey):
         raise ConfigError(f"{path}: expected an Ed25519 key, got another kind")

@@ -104,23 +104,35 @@ class AdapterStore:
 
         Raises Superseded, RejectedAdapter or UnreadableAdapter.
         """
-        moved = self._moved
         try:
             await self.residency.load(version)
         except (FileChanged, FileNotFoundError) as error:
-            if not version.retired:  # the directory has yet to see it
-                try:
-                    await asyncio.wait_for(moved.wait(), NOTICE_SECONDS)
-                except TimeoutError:
-                    raise UnreadableAdapter(
-                        f"adapter {version.name!r} cannot be read: its file changed or vanished"
-                    ) from error
+            try:
+                async with asyncio.timeout(NOTICE_SECONDS):
+                    await self._noticed(version)
+            except TimeoutError:
+                raise UnreadableAdapter(
+                    f"adapter {version.name!r} cannot be read: its file changed or vanished"
+                ) from error
             raise Superseded from None
         except (DeltaError, AdapterTooLarge) as error:
             self.reject(version, str(error))
             raise RejectedAdapter(f"adapter {version.name!r} was rejected: {error}") from error
         except OSError as error:
             raise UnreadableAdapter(f"adapter {version.name!r} cannot be read: {error}") from error
+
+    async def _noticed(self, version: Version) -> None:
+        """Wait until the directory has seen that a version's file is another, or none.
+
+        Raises RejectedAdapter if that is no use: then neither version is.
+        """
+        while not version.retired:
+            newer = self._newer.get(version.name)
+            if newer is not None and newer.state is State.REJECTED:
+                self._retire(version.name)
+                self._move()
+                raise RejectedAdapter(f"adapter {version.name!r} was rejected: {newer.reason}")
+            await self._moved.wait()
 
     def begin(self, version: Version) -> None:
         """Show a version that is being validated before it takes its name's place."""
@@ -142,7 +154,7 @@ class AdapterStore:
         name = version.name
         current = self._current.get(name)
         if current is not None and current.digest and current.digest == version.digest:
-            current.stamp = version.stamp
+            current.stamp, current.signature = version.stamp, version.signature
             self._succeed(name, None)
             self.residency.retire(version)  # there is one copy of a content
             self._move()

@@ -92,6 +92,9 @@ class Certificates:
         try:
             stamps = self._status()  # before: what comes later is read again
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            # who comes again shows its certificate again: by a ticket it would be let in as it was
+            context.num_tickets = 0
+            context.options |= ssl.OP_NO_TICKET
             context.load_cert_chain(self._certificate, self._key, password=_no_password)
             if self._authority:
                 context.load_verify_locations(self._authority)

@@ -9,6 +9,7 @@ import re
 import threading
 from pathlib import Path
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
@@ -61,7 +62,7 @@ class TrustedKeys:
             self._stamp = Stamp.of(self._path.stat())  # before: what comes later is read again
             _, *blocks = BLOCK.split(self._path.read_bytes())
             keys = tuple(map(load_pem_public_key, blocks))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, UnsupportedAlgorithm) as error:
             raise ConfigError(f"{self._path}: expected public keys as PEM, got: {error}") from error
         found = tuple(key for key in keys if isinstance(key, Ed25519PublicKey))
         if not found or len(found) < len(keys):

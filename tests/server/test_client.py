@@ -1,5 +1,6 @@
 """What the clients make of a server's answers and refusals, and what they leave behind."""
 
+import asyncio
 import pickle
 import subprocess
 import sys
@@ -14,7 +15,9 @@ import pytest
 from spieldose_kernels.delta_file import write_delta
 from spieldose_proto import inference_pb2 as pb
 from spieldose_server import client as library
-from spieldose_server.client import Client, ClientError
+from spieldose_server.client import AsyncClient, Client, ClientError
+from spieldose_server.connect import connect
+from spieldose_server.errors import ConfigError
 
 from ..conftest import Running, eventually
 from .fake_server import FakeServer, fails
@@ -66,6 +69,43 @@ def test_a_wrong_field_is_named(serving: Any) -> None:
         with pytest.raises(library.InvalidArgument) as caught:
             running.client.tokenize("")
         assert caught.value.field == "text"
+
+
+def test_a_call_after_the_end_is_cancelled(fake: FakeServer) -> None:
+    client = Client(fake.address)
+    client.close()
+    for call in (client.model, lambda: next(client.stream("x"))):
+        with pytest.raises(library.Cancelled, match="CANCELLED: the client was closed"):
+            call()
+
+    async def work() -> None:
+        late = AsyncClient(fake.address)
+        await late.close()
+        with pytest.raises(library.Cancelled, match="CANCELLED: the client was closed"):
+            await late.model()
+        with pytest.raises(library.Cancelled, match="CANCELLED: the client was closed"):
+            await anext(late.stream("x"))
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("said", ["secret\n", "sécret", "sec\x00ret"])
+@pytest.mark.parametrize("field", ["token", "tenant"])
+def test_what_no_call_can_say_is_refused_and_not_repeated(field: str, said: str) -> None:
+    with pytest.raises(library.InvalidArgument, match=f"^{field}: expected printable") as caught:
+        Client(**{field: said})  # type: ignore[arg-type]
+    assert caught.value.field == field and "ret" not in str(caught.value)
+
+
+def test_a_key_needs_its_certificate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.pem").write_text("some key")
+    for name in ("KEY", "CERTIFICATE"):
+        with monkeypatch.context() as environment:
+            environment.setenv(f"SPIELDOSE_{name}", str(tmp_path / "a.pem"))
+            with pytest.raises(
+                ConfigError, match="expected SPIELDOSE_KEY and SPIELDOSE_CERT"
+            ):
+                connect("127.0.0.1:1")
 
 
 def test_a_full_server_says_when_to_come_back(serving: Any) -> None:

@@ -1,5 +1,6 @@
 """Settings from a TOML file: errors are named, flags win, the file in the tree is current."""
 
+import math
 import re
 import tomllib
 from dataclasses import MISSING, fields
@@ -88,6 +89,22 @@ def test_a_value_out_of_range_is_refused_as_from_a_flag(tmp_path: Path) -> None:
         parsed([*written(tmp_path, "kv_tokens = 0"), *required])
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("drain_seconds", math.nan),
+        ("tenant_tokens_per_second", math.nan),
+        ("drain_seconds", math.inf),
+        ("host_memory", -1),
+        ("max_message_bytes", 1 << 31),
+        ("max_connection_calls", 1 << 40),
+    ],
+)
+def test_a_number_that_is_no_use_is_refused(tmp_path: Path, name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=rf"^{name} must be .*, got {value}$"):
+        ServerConfig(base="b", adapters=tmp_path, **{name: value})  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("name", ["listen", "admin_listen", "http_listen", "metrics_listen"])
 @pytest.mark.parametrize("address", ["localhost", ":50051", "localhost:65536", "localhost:http"])
 def test_what_is_no_address_is_refused(tmp_path: Path, name: str, address: str) -> None:
@@ -97,9 +114,12 @@ def test_what_is_no_address_is_refused(tmp_path: Path, name: str, address: str) 
     ServerConfig(base="b", adapters=tmp_path, **fits)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("url", ["collector:4317", "http://", "grpc://collector:4317", "http:4317"])
+@pytest.mark.parametrize(
+    "url", ["collector:4317", "http://", "grpc://collector:4317", "http:4317", "http://[::1"]
+)
 def test_what_is_no_collector_is_refused(tmp_path: Path, url: str) -> None:
-    with pytest.raises(ConfigError, match=f"otlp_endpoint: expected http.*, got '{url}'"):
+    said = f"otlp_endpoint: expected http.*, got {re.escape(repr(url))}"
+    with pytest.raises(ConfigError, match=said):
         ServerConfig(base="b", adapters=tmp_path, otlp_endpoint=url)
     for fits in ("http://collector:4317", "https://[::1]:4317"):
         ServerConfig(base="b", adapters=tmp_path, otlp_endpoint=fits)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+import http.client
 import json
 import socket
 import ssl
@@ -406,6 +407,20 @@ def test_tenants_see_and_play_their_own(
         assert running.refused() == 4
         with openai.OpenAI(**settings(running, api_key="operator-token")) as operator:
             assert [model.id for model in operator.models.list()] == [running.base.spec.name]
+
+
+def test_a_token_that_is_no_text_is_refused(
+    serve_tiny: Callable[..., Iterator[Running]], tmp_path: Path
+) -> None:
+    (tmp_path / "access.toml").write_text(table("red", "red-token"))
+    (tmp_path / "adapters").mkdir()
+    more = {"http_listen": "127.0.0.1:0", "access": str(tmp_path / "access.toml")}
+    with contextlib.contextmanager(serve_tiny)(tmp_path / "adapters", **more) as running:
+        connection = http.client.HTTPConnection("127.0.0.1", running.server.http_port, timeout=20)
+        with contextlib.closing(connection):
+            connection.request("GET", "/v1/models", headers={"Authorization": b"Bearer \xff\xfe"})
+            assert connection.getresponse().status == 401
+        assert running.refused() == 1
 
 
 def test_a_drain_lets_running_answers_end_and_takes_no_more(served: Running) -> None:

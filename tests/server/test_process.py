@@ -116,6 +116,21 @@ def test_a_wrong_setting_is_one_clear_line(
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:{taken}", "a..b:80"])
+def test_a_server_that_cannot_start_ends(
+    tiny_directory: Path, tmp_path: Path, address: str
+) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        address = address.format(taken=other.getsockname()[1])
+        required = ("--base", str(tiny_directory), "--adapters", str(tmp_path))
+        done = command("serve", *required, "--listen", "127.0.0.1:0", "--http-listen", address)
+    assert done.returncode == 1
+    assert f"http_listen: expected a free address, got {address}" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {"HF_HUB_OFFLINE": "1", "COLUMNS": "200", "PATH": "/usr/bin:/bin"}
     return subprocess.run(

@@ -1,5 +1,6 @@
 """With trusted keys only what one of them signed is played, whenever it is read."""
 
+import base64
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -193,6 +194,40 @@ def test_a_removed_key_withdraws_what_it_signed_and_an_added_one_lets_it_in(
         keys.trust(keys.trusted, keys.foreign)
         await shelf.settle()
         assert shelf.state("a") == shelf.state("b") == "resident"
+
+
+def test_keys_are_rotated_without_a_rejection(on_shelf: Any, tmp_path: Path, keys: Keys) -> None:
+    @on_shelf(keys=TrustedKeys(keys.file))
+    async def _(shelf: Shelf) -> None:
+        for name in "ab":
+            shelf.write(name)
+            keys.sign(tmp_path / f"{name}.safetensors")
+        await shelf.settle()
+        before = await shelf.use("a")
+        keys.trust(keys.trusted, keys.foreign)
+        keys.sign(tmp_path / "a.safetensors", by="foreign")
+        await shelf.settle()
+        keys.trust(keys.foreign)
+        await shelf.settle()
+        assert await shelf.use("a") is before and reasons(shelf, "a") == [""]
+        assert reasons(shelf, "b") == [FOREIGN]
+        keys.sign(tmp_path / "b.safetensors", by="foreign")
+        keys.trust(keys.foreign, keys.foreign)  # both at once
+        await shelf.settle()
+        assert shelf.state("b") == "resident"
+
+
+def test_a_key_of_an_unknown_kind_changes_nothing(keys: Keys, tmp_path: Path) -> None:
+    trusted = TrustedKeys(keys.file)
+    before = trusted.current()
+    body = keys.trusted.splitlines()
+    raw = bytearray(base64.b64decode(body[1]))
+    raw[raw.index(b"\x2b\x65\x70") : raw.index(b"\x2b\x65\x70") + 3] = b"\x2a\x03\x04"  # its OID
+    odd = "\n".join([body[0], base64.b64encode(raw).decode(), *body[2:], ""])
+    keys.trust(keys.trusted, odd)
+    assert trusted.current() == before
+    with pytest.raises(ConfigError, match=r"trusted\.pem: expected public keys as PEM, got: "):
+        TrustedKeys(keys.file)
 
 
 def test_a_server_plays_what_the_command_signed(

@@ -4,6 +4,8 @@ import asyncio
 import hashlib
 import os
 import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from spieldose_server.errors import NoRoom, RejectedAdapter, UnknownAdapter, Unr
 from spieldose_server.files import AdapterFiles, FileChanged
 from spieldose_server.stamp import Stamp
 from spieldose_server.store import Lease, Watcher
+from spieldose_server.threads import LOADERS
 from spieldose_server.versions import Version
 
 from .shelf import ENTRIES, ONE, SPEC, Shelf
@@ -232,6 +235,137 @@ def test_a_file_that_changes_while_it_is_loaded_by_call_is_said_to(on_shelf: Any
         shelf.directory._files.read = changes  # type: ignore[method-assign]
         with pytest.raises(UnreadableAdapter, match=r"file at rest, got a\.safetensors changing"):
             await shelf.directory.load("a")
+
+
+def test_a_bad_replacement_of_what_is_in_no_memory_is_said_to_be_bad(
+    on_shelf: Any, tmp_path: Path
+) -> None:
+    @on_shelf("a", "b", slots=1, host=0.01)
+    async def _(shelf: Shelf) -> None:
+        await shelf.use("a")
+        await shelf.use("b")
+        assert shelf.state("a") == "found"
+        (tmp_path / "a.safetensors").write_bytes(b"no delta at all")
+        waits = asyncio.create_task(shelf.use("a"))  # the directory has not looked yet
+        await asyncio.sleep(0.1)
+        shelf.write("c")  # and others come meanwhile
+        await shelf.settle()
+        for use in (waits, shelf.use("a")):
+            with pytest.raises(RejectedAdapter, match="expected a safetensors file"):
+                await asyncio.wait_for(use, 1.0)
+        assert shelf.state("a") == "rejected"
+        shelf.write("a")
+        await shelf.settle()
+        assert (await shelf.use("a")).digest
+
+
+@pytest.mark.parametrize("part", ["read", "put"])
+def test_a_load_goes_on_when_who_called_for_it_goes_away(on_shelf: Any, part: str) -> None:
+    @on_shelf("a", "b", slots=1)
+    async def _(shelf: Shelf) -> None:
+        begun, go_on = threading.Event(), threading.Event()
+        owner: Any = shelf.directory._files if part == "read" else shelf.slab
+        work = getattr(owner, part)
+
+        def slow(*arguments: Any) -> Any:
+            begun.set()
+            assert go_on.wait(10)
+            return work(*arguments)
+
+        setattr(owner, part, slow)
+        await shelf.directory.unload("a")
+        call = asyncio.create_task(shelf.directory.load("a"))
+        assert await asyncio.to_thread(begun.wait, 10)
+        call.cancel()
+        await asyncio.wait([call])
+        go_on.set()
+        while shelf.state("a") != "resident":
+            await asyncio.sleep(0.02)
+        await shelf.use("b")  # there is no slot that nobody owns
+        assert (shelf.state("a"), shelf.state("b")) == ("on host", "resident")
+
+
+def test_a_copy_that_fails_gives_its_room_back(on_shelf: Any, monkeypatch: Any) -> None:
+    @on_shelf("a", slots=1)
+    async def _(shelf: Shelf) -> None:
+        def fails(*_: object) -> None:
+            raise RuntimeError("no copy")
+
+        free = shelf.slab.arena.free_bytes
+        with monkeypatch.context() as broken:
+            broken.setattr(shelf.slab, "_write", fails)
+            with pytest.raises(RuntimeError, match="no copy"):
+                await shelf.use("a")
+        assert shelf.slab.arena.free_bytes == free
+        assert (await shelf.use("a")).slot is not None
+
+
+def test_what_nobody_waits_for_any_more_is_not_read(on_shelf: Any) -> None:
+    @on_shelf(*"abcdefgh")
+    async def _(shelf: Shelf) -> None:
+        begun, go_on, read = threading.Semaphore(0), threading.Event(), []
+        work = shelf.directory._files.read
+
+        def slow(name: str, *arguments: Any) -> Any:
+            read.append(name)
+            begun.release()
+            assert go_on.wait(10)
+            return work(name, *arguments)
+
+        shelf.residency._files.read = slow  # type: ignore[method-assign]
+        tasks = [asyncio.create_task(shelf.use(name)) for name in "abcdefgh"]
+        for _ in range(LOADERS):
+            assert await asyncio.to_thread(begun.acquire, True, 10)
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        go_on.set()
+        while shelf.residency._loads:
+            await asyncio.sleep(0.02)
+        assert len(read) == LOADERS
+
+
+def test_removed_files_and_keys_count_while_many_are_read(
+    on_shelf: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @on_shelf("gone")
+    async def _(shelf: Shelf) -> None:
+        monkeypatch.setattr("spieldose_server.directory.RESCAN_MILLISECONDS", 100)
+        work, read = shelf.directory._files.read, []
+
+        def slow(name: str, *arguments: Any) -> Any:
+            time.sleep(0.06)
+            read.append(name)
+            return work(name, *arguments)
+
+        shelf.directory._files.read = slow  # type: ignore[method-assign]
+        for number in range(8):
+            shelf.write(f"new{number}", seed=number)
+        await shelf.directory.reconcile()
+        await asyncio.sleep(0.25)
+        taken = asyncio.create_task(shelf.settle())
+        while not read:
+            await asyncio.sleep(0.01)
+        (tmp_path / "gone.safetensors").unlink()
+        while shelf.state("gone"):
+            await asyncio.sleep(0.01)
+        assert len(read) < 8
+        await taken
+        assert len(read) == 8
+
+
+def test_a_file_that_is_back_as_it_was_has_nothing_to_settle(on_shelf: Any, tmp_path: Path) -> None:
+    @on_shelf("a", "b")
+    async def _(shelf: Shelf) -> None:
+        link = tmp_path / "x.safetensors"
+        link.symlink_to("a.safetensors")
+        await shelf.settle()
+        (tmp_path / "to-b").symlink_to("b.safetensors")
+        (tmp_path / "to-b").rename(link)
+        assert await shelf.directory.reconcile()
+        (tmp_path / "to-a").symlink_to("a.safetensors")
+        (tmp_path / "to-a").rename(link)
+        assert not await shelf.directory.reconcile()
 
 
 def test_a_slot_that_is_played_is_not_freed_even_if_nobody_leases_it(on_shelf: Any) -> None:

@@ -1,6 +1,7 @@
 """TLS on a real socket: certificates change while streams run, strangers stay out."""
 
 import contextlib
+import ssl
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,6 +127,44 @@ def test_with_an_authority_only_its_clients_connect(
         assert lets_in(running, servers, clients.issue_cert("someone"))
         assert not lets_in(running, servers, strangers.issue_cert("someone"))
         assert not lets_in(running, servers)
+
+
+@pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
+def test_who_comes_again_shows_its_certificate_again(files: Files, version: str) -> None:
+    servers, clients = trustme.CA(), trustme.CA()
+    issue(servers, files)
+    clients.cert_pem.write_to_path(files.directory / "clients.pem")
+    settings = files.settings | {"tls_client_ca": str(files.directory / "clients.pem")}
+    config = ServerConfig(base="b", adapters=files.directory, **settings)  # type: ignore[arg-type]
+    certificates = Certificates.of(config)
+    assert certificates is not None
+    context = certificates.context()
+    asking = ssl.create_default_context()
+    asking.maximum_version = ssl.TLSVersion[version]
+    servers.configure_trust(asking)
+    clients.issue_cert("client").configure_cert(asking)
+    first = shaken_hands(context, asking)
+    assert first.session is None or not first.session.has_ticket
+    again = shaken_hands(context, asking, first.session)
+    assert not again.session_reused
+
+
+def shaken_hands(
+    served: ssl.SSLContext, asking: ssl.SSLContext, session: ssl.SSLSession | None = None
+) -> ssl.SSLObject:
+    """Return a client's side of a connection without a socket, after a message to it."""
+    up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
+    server = served.wrap_bio(up, down, server_side=True)
+    client = asking.wrap_bio(down, up, server_hostname="127.0.0.1", session=session)
+    unfinished = [client, server]
+    while unfinished:
+        for side in list(unfinished):
+            with contextlib.suppress(ssl.SSLWantReadError):
+                side.do_handshake()
+                unfinished.remove(side)
+    server.write(b"hello")
+    assert client.read() == b"hello"
+    return client
 
 
 def test_a_certificate_names_its_tenant(

@@ -12,7 +12,7 @@ from spieldose_proto import inference_pb2 as pb
 from spieldose_proto import inference_pb2_grpc as rpc
 from spieldose_server.client.attempts import RETRIES, Attempts
 from spieldose_server.client.channel import CALL_SECONDS, call_metadata, channel_options
-from spieldose_server.client.errors import Cancelled, ClientError, translating
+from spieldose_server.client.errors import CLOSED, Cancelled, ClientError, translating
 from spieldose_server.client.reply import Reply, replies
 from spieldose_server.client.requests import Prompt, generate_request, tokenize_request
 from spieldose_server.config import DEFAULT_ADDRESS
@@ -181,6 +181,7 @@ class AsyncClient:
         attempts = Attempts(self._retries, self._timeout if timeout is None else timeout)
         while True:
             try:
+                self._check_open()
                 with _translating():
                     call = method(request, timeout=attempts.timeout, metadata=self._metadata)
                     response = await call
@@ -196,6 +197,7 @@ class AsyncClient:
         """Yield a call's responses; it begins with the first that is asked for."""
         attempts, begun = Attempts(self._retries, timeout), False
         while True:
+            self._check_open()
             call = method(request, timeout=attempts.timeout, metadata=self._metadata)
             try:
                 with _translating():
@@ -210,10 +212,14 @@ class AsyncClient:
             finally:
                 call.cancel()
 
+    def _check_open(self) -> None:
+        if self._closed.is_set():
+            raise Cancelled(CLOSED)
+
     async def _sleep(self, seconds: float) -> None:
         with suppress(TimeoutError):
             await asyncio.wait_for(self._closed.wait(), seconds)
-            raise Cancelled("CANCELLED: the client was closed")
+            raise Cancelled(CLOSED)
 
 
 @contextmanager
@@ -226,4 +232,4 @@ def _translating() -> Iterator[None]:
         task = asyncio.current_task()
         if task is None or task.cancelling():
             raise
-        raise Cancelled("CANCELLED: the client was closed") from None
+        raise Cancelled(CLOSED) from None

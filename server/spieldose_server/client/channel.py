@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from spieldose_server.client.errors import InvalidArgument
 from spieldose_server.config import MESSAGE_BYTES, TENANT
 
 CALL_SECONDS = 60.0  # that a call which makes no text may take, unless it is told otherwise
@@ -24,6 +25,11 @@ def channel_options() -> list[tuple[str, Any]]:
 
 
 def call_metadata(tenant: str, token: str) -> tuple[tuple[str, str], ...]:
-    """Return what calls say of who asks."""
+    """Return what calls say of who asks. Raises InvalidArgument for what no call can say."""
+    for name, text in (("tenant", tenant), ("token", token)):
+        if not (text.isascii() and (text.isprintable() or not text)):
+            error = InvalidArgument(f"{name}: expected printable ASCII characters alone")
+            error.field = name
+            raise error
     bearer = (("authorization", f"Bearer {token}"),) if token else ()
     return ((TENANT, tenant), *bearer)

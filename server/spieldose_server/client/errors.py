@@ -25,6 +25,8 @@ from google.rpc import error_details_pb2, status_pb2
 
 from spieldose_kernels.errors import SpieldoseError
 
+CLOSED = "CANCELLED: the client was closed"
+
 
 class ClientError(SpieldoseError):
     """The server refused or could not be reached; `code` is the gRPC status."""

@@ -11,7 +11,7 @@ from spieldose_proto import inference_pb2 as pb
 from spieldose_proto import inference_pb2_grpc as rpc
 from spieldose_server.client.attempts import RETRIES, Attempts
 from spieldose_server.client.channel import CALL_SECONDS, call_metadata, channel_options
-from spieldose_server.client.errors import Cancelled, ClientError, translating
+from spieldose_server.client.errors import CLOSED, Cancelled, ClientError, translating
 from spieldose_server.client.reply import Reply, replies
 from spieldose_server.client.requests import Prompt, generate_request, tokenize_request
 from spieldose_server.config import DEFAULT_ADDRESS
@@ -180,6 +180,7 @@ class Client:
         attempts = Attempts(self._retries, self._timeout if timeout is None else timeout)
         while True:
             try:
+                self._check_open()
                 with translating():
                     response = method(request, timeout=attempts.timeout, metadata=self._metadata)
             except ClientError as error:
@@ -194,6 +195,7 @@ class Client:
         """Yield a call's responses; it begins with the first that is asked for."""
         attempts, begun = Attempts(self._retries, timeout), False
         while True:
+            self._check_open()
             call = method(request, timeout=attempts.timeout, metadata=self._metadata)
             try:
                 with translating():
@@ -208,6 +210,10 @@ class Client:
             finally:
                 call.cancel()
 
+    def _check_open(self) -> None:
+        if self._closed.is_set():
+            raise Cancelled(CLOSED)
+
     def _sleep(self, seconds: float) -> None:
         if self._closed.wait(seconds):
-            raise Cancelled("CANCELLED: the client was closed")
+            raise Cancelled(CLOSED)

@@ -40,7 +40,7 @@ class Listener:
             self._server = await loop.create_server(
                 self._runner.server, host.strip("[]"), int(port), ssl=tls
             )
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # the last one: of a host that is no name
             raise ConfigError(
                 f"http_listen: expected a free address, got {self._address}"
             ) from error
