@@ -101,6 +101,8 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     elif name == "cuda" and not torch.cuda.is_available():
         raise BaseError("device: expected a CUDA device that PyTorch can use, got none")
+    if name == "cuda":  # by its number: a thread that transformers loads on has its own current one
+        return torch.device("cuda", torch.cuda.current_device())
     return torch.device(name)
 
 

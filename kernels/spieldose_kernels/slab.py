@@ -107,6 +107,8 @@ class Slab:
         self._lock = threading.Lock()  # of extents and slots, not held while memory is copied
         # copies wait for no step, and no step for them
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(device))  # which clears the tables
 
     @property
     def budget(self) -> int:

@@ -58,13 +58,18 @@ class SlicedDelta:
 class PackedAdapter:
     """Hold an adapter in the device's form, in one piece that is copied as it is."""
 
-    memory: torch.Tensor  # [n] uint8, pinned where there is a GPU to copy it to
+    memory: torch.Tensor  # [n] uint8
     records: Mapping[str, Record]  # by module, offsets from the piece's start
 
     @property
     def nbytes(self) -> int:
         """Return the bytes of arena the adapter takes."""
         return self.memory.numel()
+
+    @property
+    def host_bytes(self) -> int:
+        """Return the bytes of host memory it takes: PyTorch pins powers of two."""
+        return 1 << (self.nbytes - 1).bit_length() if self.memory.is_pinned() else self.nbytes
 
 
 class Packing:
@@ -75,7 +80,10 @@ class Packing:
         row_starts: Mapping[str, torch.Tensor],  # [R + 1] int32 by module
         widths: Mapping[str, int],
         dtype: torch.dtype,  # of values: float32, or bfloat16 rounded to even
+        *,
+        pinned: bool = False,
     ) -> None:
+        """Take what is known before any entry; `pinned` memory is what a GPU copies from."""
         self._row_starts = {module: starts.numpy() for module, starts in row_starts.items()}
         self._plans = {module: plan(starts) for module, starts in self._row_starts.items()}
         self._shapes = {m: (row_starts[m].numel() - 1, width) for m, width in widths.items()}
@@ -83,7 +91,7 @@ class Packing:
         records, size = {}, 0
         for module, shape in self._shapes.items():
             records[module], size = _place(self._plans[module], shape, dtype, size)
-        memory = torch.zeros(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        memory = torch.zeros(size, dtype=torch.uint8, pin_memory=pinned)
         self.packed = PackedAdapter(memory, records)
         self._sliced = {}
         for module, (places, _, _, starts) in self._plans.items():

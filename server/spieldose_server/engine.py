@@ -188,6 +188,10 @@ class Engine:
             # slots are regrouped on the host before every step
             use_cuda_graph=False,
             use_async_batching=False,
+            # flash-attn 2 reads single tokens' pages by itself, but none of PAGE_TOKENS, and its
+            # kernels take no float32
+            max_blocks_per_request=0,
+            auto_switch_to_flash=base.model.dtype != torch.float32,
             scheduler_type=scheduler,
         )
         prefix_cache.install()
@@ -198,6 +202,11 @@ class Engine:
         manager.logit_processor = TokenChoice(self._prepare, self.end_ids, self._logprobs)
         manager.warmup()  # creates the KV cache now, so that its capacity is known
         del registry[scheduler]
+        inputs: Any = manager.batch_processor.inputs_and_outputs
+        if inputs.compute_stream is not None:
+            inputs.get_model_kwargs = partial(
+                _after_copies, inputs.compute_stream, inputs.get_model_kwargs
+            )
         cache: Any = manager.batch_processor.cache
         cache.mark_complete_blocks = partial(mark_pages, cache.mark_complete_blocks)
         return manager
@@ -221,6 +230,15 @@ class Engine:
         slots = [asked(future.state).slot for future in batch]
         lengths = [future.query_length for future in batch]
         self._layers.play(TokenGroups.of(slots, lengths, self.slab.arena.memory.device))
+
+
+def _after_copies(stream: torch.cuda.Stream, arguments: Callable[..., Any], **which: Any) -> Any:
+    """Return a forward pass's arguments once its stream waits for the copies that made them.
+
+    transformers (5.23) makes them on the thread's own stream, and orders the two by chance.
+    """
+    stream.wait_stream(torch.cuda.current_stream())
+    return arguments(**which)
 
 
 def _end_ids(config: GenerationConfig | None) -> frozenset[int]:

@@ -63,15 +63,17 @@ class AdapterFiles:
         base: BaseSpec,
         *,
         dtype: torch.dtype,
+        pinned: bool = False,
         keys: TrustedKeys | None = None,
         rest: Callable[[], None] = lambda: None,
     ) -> None:
-        """Read them with a `rest` between any two pieces."""
+        """Read them with a `rest` between any two pieces, for a GPU into `pinned` memory."""
         self.root = root
         self._rest = rest
         self._keys = keys
         self._base = base
         self._dtype = dtype  # of values on the device
+        self._pinned = pinned
 
     def scan(self) -> dict[str, FileStamp]:
         """Return the state of whatever bears a delta file's name, by that name. Raises OSError.
@@ -128,7 +130,7 @@ class AdapterFiles:
         with self._opened(name, stamp) as file:
             reader = DeltaReader(file, self._base)
             widths = {module: width for module, (_, width, _) in reader.modules.items()}
-            packing = Packing(reader.row_starts, widths, self._dtype)
+            packing = Packing(reader.row_starts, widths, self._dtype, pinned=self._pinned)
             for piece in reader.pieces():
                 add = packing.add_columns if piece.part == "columns" else packing.add_values
                 add(piece.module, piece.first, piece.entries)

@@ -74,7 +74,7 @@ class Residency:
     def host_bytes(self) -> int:
         """Return how much host memory packed adapters take."""
         held = tuple(self._host.values())  # in one piece: who scrapes metrics is another thread
-        return sum(packed.nbytes for packed in held)
+        return sum(packed.host_bytes for packed in held)
 
     async def load(self, version: Version) -> None:
         """Wait until a version is on the device, to stay until it has played.
@@ -104,7 +104,7 @@ class Residency:
         version.digest, version.description = content.digest, content.description
         version.signature = content.description.signature
         version.nbytes = size
-        if size <= self.host_memory and not version.retired:
+        if content.packed.host_bytes <= self.host_memory and not version.retired:
             self._host[version] = content.packed
             version.on_host = True
             while self.host_bytes > self.host_memory:

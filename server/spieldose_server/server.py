@@ -93,7 +93,10 @@ class Server:
         slab = self.engine.slab
         keys = TrustedKeys.of(config)
         rest = Rest(lambda: self.admission.running > 0)
-        files = AdapterFiles(config.adapters, base.spec, dtype=slab.dtype, keys=keys, rest=rest)
+        pinned = base.model.device.type == "cuda"
+        files = AdapterFiles(
+            config.adapters, base.spec, dtype=slab.dtype, pinned=pinned, keys=keys, rest=rest
+        )
         residency = Residency(slab, files, self._loaders, host_memory=config.host_memory)
         self.store = AdapterStore(residency)
         self.directory = AdapterDirectory(files, self.store, self._loaders, keys=keys)

@@ -102,9 +102,7 @@ def test_a_key_needs_its_certificate(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for name in ("KEY", "CERTIFICATE"):
         with monkeypatch.context() as environment:
             environment.setenv(f"SPIELDOSE_{name}", str(tmp_path / "a.pem"))
-            with pytest.raises(
-                ConfigError, match="expected SPIELDOSE_KEY and SPIELDOSE_CERT"
-            ):
+            with pytest.raises(ConfigError, match="expected SPIELDOSE_KEY and SPIELDOSE_CERT"):
                 connect("127.0.0.1:1")
 
 

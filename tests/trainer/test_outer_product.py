@@ -26,6 +26,20 @@ def test_so_it_is_for_vectors_without_ties(height: int, width: int, count: int, 
     check(row, column, count, seed)
 
 
+def test_two_vectors_of_the_same_numbers_tie_in_pairs() -> None:
+    """As SM3's accumulators do where one entry's gradient is the largest of its row and column."""
+    for seed in range(140):
+        draw = torch.Generator().manual_seed(seed)
+        row, _ = (torch.rand(12, generator=draw) for _ in range(2))
+        row = row.square()
+        matrix = torch.outer(row.double(), row.flip(0).double()).flatten()
+        draw.manual_seed(seed)
+        count = int(torch.randint(1, 140, (), generator=draw))
+        found = largest_products(row, row.flip(0), count=count, excluded=nothing())
+        best = matrix.sort(descending=True, stable=True).indices[:count]
+        assert torch.equal(found, best.sort().values)
+
+
 def test_among_equal_products_there_are_no_more_than_asked_for() -> None:
     found = largest_products(torch.ones(1000), torch.ones(1000), count=5, excluded=nothing())
     assert found.unique().numel() == 5

@@ -121,6 +121,7 @@ class AccumulatedGradients(Spiel):
             count=count,
             room=max(SPARE * count, FLOOR) if self._several else count,
             normalised=self._normalised,
+            device=layer.values.device,
         )
 
 

@@ -7,19 +7,21 @@ from spieldose_kernels.support_product import gradient_tiles, sampled_product
 from spieldose_kernels.top_k import TopK
 from spieldose_trainer.ranks import mean_over_ranks
 
+CPU = torch.device("cpu")
+
 
 class Norms:
     """Hold the norms of a layer's inputs and output gradients, whose products are its gradient."""
 
-    def __init__(self, shape: tuple[int, int]) -> None:
-        self.squares = {"rows": torch.zeros(shape[0]), "columns": torch.zeros(shape[1])}
+    def __init__(self, shape: tuple[int, int], *, device: torch.device) -> None:
+        sides = zip(("rows", "columns"), shape, strict=True)
+        self.squares = {name: torch.zeros(size, device=device) for name, size in sides}
 
     def add(self, x: torch.Tensor, dy: torch.Tensor) -> None:
         """Take in one backward pass, x [C, T] and dy [R, T]; under data parallelism all ranks'."""
         reached = dy.any(0)  # [T]: no padding, of which a batch may hold any amount
         for name, side in (("rows", dy), ("columns", x[:, reached])):
-            square = mean_over_ranks(side.float().square().sum(1))
-            self.squares[name] = self.squares[name].to(square.device) + square
+            self.squares[name] += mean_over_ranks(side.float().square().sum(1))
 
     def of_rows(self, first: int, count: int) -> torch.Tensor:
         """Return what the gradients of some rows are measured against, [count, C]."""
@@ -56,18 +58,20 @@ class Candidates:
         count: int,
         room: int | None = None,
         normalised: bool = False,
+        device: torch.device = CPU,
     ) -> None:
         self.shape = shape
         self.count = min(count, shape[0] * shape[1])
         self.room = room or self.count
         self.samples = 0  # updates taken in
-        self.positions = torch.empty(0, dtype=torch.int64)  # [M] flat row-major, ascending
+        # [M] flat row-major, ascending
+        self.positions = torch.empty(0, dtype=torch.int64, device=device)
         self._support: SparseDelta | None = None  # the same positions in rows, for sampling
-        self._update = torch.empty(0)  # [M] gradient of the running update
-        self._late = torch.empty(0, dtype=torch.bool)  # [M] joined after the first pass
-        self.total = torch.empty(0)  # [M] Σ g
-        self.total_square = torch.empty(0)  # [M] Σ g²
-        self._norms = Norms(shape) if normalised else None
+        self._update = torch.empty(0, device=device)  # [M] gradient of the running update
+        self._late = torch.empty(0, dtype=torch.bool, device=device)  # [M] joined after a pass
+        self.total = torch.empty(0, device=device)  # [M] Σ g
+        self.total_square = torch.empty(0, device=device)  # [M] Σ g²
+        self._norms = Norms(shape, device=device) if normalised else None
 
     @torch.no_grad()
     def observe(self, x: torch.Tensor, dy: torch.Tensor) -> None:

@@ -52,7 +52,7 @@ def _prefix(
     rows: torch.Tensor, columns: torch.Tensor, least: float, *, strict: bool
 ) -> torch.Tensor:
     """Return for every row how many of the sorted columns give at least (or above) `least`, [R]."""
-    bound = least / rows
+    bound = rows.new_tensor(least) / rows  # a float over it would be times its reciprocal
     # the quotient is rounded, and a column may equal it: the product, exact there, decides
     product = rows * bound
     if strict:
