@@ -112,6 +112,11 @@ class Admission:
         self._ended = time.monotonic()
         residency.dismiss_by(self._dismiss)
 
+    @property
+    def most(self) -> int:
+        """Return how many requests of one tenant are accepted if nobody else asks."""
+        return min(self._limits.accepted, self._limits.tenant_accepted)
+
     @contextmanager
     def accept(self, name: str) -> Iterator[Tenant]:
         """Count a tenant's request as here while the block runs.

@@ -68,7 +68,10 @@ class Engine:
         self._cancelled: set[str] = set()  # adding and discarding are atomic: both threads use it
         self._gone: dict[str, Callable[[], object]] = {}
         self._logprobs: dict[str, deque[TokenLogprob]] = {}  # not yet delivered, by request
-        self.end_ids = _end_ids(base.model.generation_config)
+        table: Any = base.model.get_input_embeddings()
+        self.end_ids = _end_ids(base.model.generation_config) & frozenset(
+            range(int(table.num_embeddings))  # what lies beyond is never made, nor can be banned
+        )
         self._manager = self._make_manager(base, config)
         cache = self._manager.batch_processor.cache
         window = getattr(base.model.config, "max_position_embeddings", None) or config.kv_tokens

@@ -69,6 +69,7 @@ class Generation:
         self._store = store
         self._admission = admission
         self.max_prompt = engine.max_context - 1  # tokens: one has to follow
+        self.max_questions = admission.most  # at once
         self._preparation = Preparation()
         self._prompts = Prompts(base.tokenizer, vocabulary=self.vocabulary, max_bytes=max_bytes)
         self._grammars = Grammars(
@@ -179,7 +180,7 @@ class Generation:
     def _prepared(self, question: Question, *, template: str) -> Prepared:
         field, sampling = question.field, question.sampling
         tokens = self._prompts.tokens(field, question.prompt, template=template)
-        limit = fit(len(tokens), sampling, max_context=self._engine.max_context, field=field)
+        limit = fit(len(tokens), question, max_context=self._engine.max_context)
         if max(sampling.stop_token_ids, default=0) >= self.vocabulary:
             raise InvalidRequest(
                 "sampling_params.stop_token_ids",

@@ -27,6 +27,13 @@ class Prompts:
 
         Takes its time: a second for a megabyte. Raises InvalidRequest, naming `field`.
         """
+        tokens = self._converted(field, prompt, template)
+        # a tokenizer, too, may have ids that its model has no embedding for
+        if (largest := max(tokens, default=0)) >= self._vocabulary:
+            raise InvalidRequest(field, f"expected ids below {self._vocabulary}, got {largest}")
+        return tokens
+
+    def _converted(self, field: str, prompt: Prompt, template: str) -> list[int]:
         if isinstance(prompt, str):
             self._check_size(field, prompt)
             return list(self._tokenizer(prompt)["input_ids"])
@@ -35,10 +42,7 @@ class Prompts:
         if isinstance(prompt[0], Message):
             turns = [message for message in prompt if isinstance(message, Message)]
             return self._render(field, turns, template)
-        tokens = [token for token in prompt if isinstance(token, int)]
-        if max(tokens) >= self._vocabulary:
-            raise InvalidRequest(field, f"expected ids below {self._vocabulary}, got {max(tokens)}")
-        return tokens
+        return [token for token in prompt if isinstance(token, int)]
 
     def _render(self, field: str, messages: Sequence[Message], template: str) -> list[int]:
         for message in messages:

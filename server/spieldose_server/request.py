@@ -34,6 +34,7 @@ class Question:
     field: str  # of the prompt, as errors call it
     prompt: Prompt
     sampling: SamplingParams
+    default_tokens: int = DEFAULT_MAX_TOKENS  # of the answer, where there is room
 
     @property
     def is_chat(self) -> bool:
@@ -73,8 +74,9 @@ class GenerationRequest:
         return bool(edits) or self.constraint is not None
 
 
-def fit(prompt_tokens: int, sampling: SamplingParams, *, max_context: int, field: str) -> int:
+def fit(prompt_tokens: int, question: Question, *, max_context: int) -> int:
     """Return how many tokens may be generated. Raises InvalidRequest if that is too many."""
+    sampling, field = question.sampling, question.field
     room = max_context - prompt_tokens
     if prompt_tokens == 0:
         raise InvalidRequest(field, "expected at least one token, got none")
@@ -88,7 +90,7 @@ def fit(prompt_tokens: int, sampling: SamplingParams, *, max_context: int, field
             f"expected at most {room} after a prompt of {prompt_tokens}, got {sampling.min_tokens}",
         )
     if sampling.max_tokens is None:
-        return min(max(DEFAULT_MAX_TOKENS, sampling.min_tokens), room)
+        return min(max(question.default_tokens, sampling.min_tokens), room)
     if sampling.max_tokens > room:
         raise InvalidRequest(
             "sampling_params.max_tokens",

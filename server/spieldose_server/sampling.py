@@ -43,8 +43,9 @@ def perturb(
     rank = torch.arange(logits.shape[1], device=logits.device)
     ranked = ranked.masked_fill((rank >= top_k[:, None]) & (top_k > 0)[:, None], -torch.inf)
     before = ranked.softmax(-1).cumsum(-1).roll(1, dims=-1)
-    before[:, 0] = 0.0  # mass above each token; the first always stays
+    before[:, 0] = 0.0  # mass above each token
     cut = (before >= top_p[:, None]) & (top_p < 1)[:, None]  # rounded mass reaches 1 too early
+    cut[:, 0] = False  # also where top_p is so small that it has become 0
     ranked = ranked.masked_fill(cut, -torch.inf)
     # p < min_p · p of the likeliest, whatever the others' mass
     ranked = ranked.masked_fill(ranked - ranked[:, :1] < min_p.log()[:, None], -torch.inf)

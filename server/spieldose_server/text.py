@@ -57,7 +57,8 @@ class TextStream:
             self.stopped = True
             text, self._held = self._held[: min(found)], ""
             return text
-        keep = max((_overlap(self._held, each) for each in stop), default=0)
+        # one that begins before it counts may end when it does
+        keep = max((_overlap(self._held, each) for each in self._stop), default=0)
         certain = len(self._held) - keep
         text, self._held = self._held[:certain], self._held[certain:]
         return text

@@ -16,9 +16,11 @@ import jsonschema
 import openai
 import pytest
 import trustme
+from pydantic import ValidationError
 
 from spieldose_kernels.delta_file import write_delta
 from spieldose_proto import inference_pb2 as pb
+from spieldose_server.openai_http import bodies
 
 from ..conftest import Running, eventually
 from .test_access import table
@@ -277,6 +279,61 @@ def test_what_is_wrong_or_not_served_is_refused_by_name(
     assert refused.value.param == field
     assert refused.value.type == "invalid_request_error"
     assert f"{field}: " in refused.value.message
+
+
+def test_a_conversation_goes_on_as_openais_clients_write_it(client: openai.OpenAI) -> None:
+    asked: Any = client.chat.completions.create
+    messages = list(HI)
+    for _ in range(2):
+        reply = asked(model="a1", messages=messages, **GREEDY)
+        messages += [reply.choices[0].message, {"role": "user", "content": "and then?"}]
+    messages[1] = messages[1].model_dump()
+    assert asked(model="a1", messages=messages, stream_options=None, **GREEDY).choices
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (r'{"model": "a1", "prompt": "half \ud83d"}', "prompt"),
+        (r'{"model": "a1", "prompt": "x", "stop": ["\uDC00"]}', "stop"),
+        ("[" * 100_000, "body"),
+        ('{"model": "a1", "prompt": [' + ",".join(["{}"] * 25_000) + "]}", "prompt"),
+        ('{"model": "a1", "prompt": [' + ",".join(['"a"'] * 20_000) + "]}", "prompt"),
+        ('{"model": "a1", "prompt": "x", "stop": [' + ",".join(["1"] * 40_000) + "]}", "stop"),
+        (json.dumps({"model": "a1", "prompt": "x"} | {f"k{i}": 1 for i in range(6_000)}), "k0"),
+        ('{"model": "a1", "prompt": "x", "stream_options": {"odd": 1}}', "stream_options"),
+    ],
+)
+def test_a_body_that_nobody_can_serve_is_refused_soon(
+    served: Running, monkeypatch: pytest.MonkeyPatch, body: str, param: str
+) -> None:
+    told: list[int] = []
+    first = bodies._first
+
+    def counted(error: ValidationError) -> Exception:
+        told.append(error.error_count())
+        return first(error)
+
+    monkeypatch.setattr(bodies, "_first", counted)
+    connection = http.client.HTTPConnection("127.0.0.1", served.server.http_port, timeout=20)
+    with contextlib.closing(connection):
+        connection.request("POST", "/v1/completions", body, {"x-request-id": "mine"})
+        answer = connection.getresponse()
+        said = json.loads(answer.read())["error"]
+    assert (answer.status, said["param"]) == (400, param)
+    assert answer.headers["x-request-id"] == "mine"
+    assert max(told, default=0) <= 4  # one for each kind a prompt may be
+
+
+def test_completions_fit_their_default_into_the_room_there_is(
+    served: Running, client: openai.OpenAI
+) -> None:
+    room = served.client.model().max_context - 5
+    asked: Any = client.completions.create
+    made = asked(model="a1", prompt=[7] * room, temperature=0)
+    assert made.usage.completion_tokens <= 5
+    endless = asked(model="a1", prompt="x", temperature=0, extra_body={"min_tokens": 20})
+    assert endless.usage.completion_tokens >= 20
 
 
 def test_errors_are_openais(served: Running, client: openai.OpenAI) -> None:

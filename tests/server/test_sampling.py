@@ -44,6 +44,13 @@ def test_the_tokens_kept_are_those_transformers_keeps(
     assert torch.equal(got.isfinite(), expected.isfinite())
 
 
+@pytest.mark.parametrize("top_p", [1e-30, 1e-46])
+def test_a_top_p_next_to_0_takes_the_likeliest_token(top_p: float) -> None:
+    logits = torch.randn(3, VOCABULARY) * 3
+    got = scores(logits, temperature=1.0, top_k=0, top_p=top_p)
+    assert torch.equal(got.argmax(1), logits.argmax(1))
+
+
 def test_draws_follow_the_softmax() -> None:
     torch.manual_seed(0)
     logits = torch.randn(8)

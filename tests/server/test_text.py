@@ -23,6 +23,15 @@ def test_pieces_never_hold_half_a_character(tokenizer, text: str) -> None:
     assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
 
 
+def test_a_stop_string_may_begin_before_it_counts(tokenizer) -> None:
+    tokens = tokenizer("xENDxEND!")["input_ids"]  # a token a letter
+    for least, expected in ((0, "x"), (4, "x"), (5, "xENDx"), (8, "xENDx"), (9, "xENDxEND!")):
+        stream = TextStream(tokenizer, ("END",), min_tokens=least)
+        text = "".join("" if stream.stopped else stream.push([token])[0] for token in tokens)
+        text += stream.finish()
+        assert (least, text) == (least, expected)
+
+
 @settings(max_examples=200, deadline=None)
 @given(tokens=st.lists(st.integers(0, 259), max_size=40))
 def test_any_tokens_give_the_text_of_decoding_them_at_once(tokenizer, tokens: list[int]) -> None:

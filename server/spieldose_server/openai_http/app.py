@@ -25,6 +25,7 @@ from spieldose_server.versions import Version
 HEALTH = "/health"
 WIRE = "http"
 REQUEST_ID = "x-request-id"
+ID = web.RequestKey("id", str)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -107,7 +108,7 @@ class OpenAI:
         objects: type[CompletionObjects] | type[ChatObjects],
         request: web.Request,
     ) -> web.StreamResponse:
-        request_id = request.headers.get(REQUEST_ID) or secrets.token_hex(8)
+        request_id = request[ID]
         given = await request.read()
         carrier = {key.lower(): value for key, value in request.headers.items()}
         with self._observer.request(WIRE, request_id, carrier) as observed:
@@ -117,6 +118,7 @@ class OpenAI:
                 objects(self._spelling),
                 adapter_id=self._adapter_id(body.model),
                 request_id=request_id,
+                most=self._generation.max_questions,
             )
             more = [self._observer.request(WIRE, request_id, carrier) for _ in asked.questions[1:]]
             found = events(asked, self._generation, [observed, *more])
@@ -150,13 +152,16 @@ class OpenAI:
 
 @web.middleware
 async def _in_openais_terms(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Answer with an error what raises one."""
+    """Answer with an error what raises one; it names the request, too."""
+    request[ID] = request.headers.get(REQUEST_ID) or secrets.token_hex(8)
     try:
         return await handler(request)
     except ConnectionError:  # nobody is there any more to be told
         raise
     except Exception as error:
-        return response(error)
+        answer = response(error)
+        answer.headers[REQUEST_ID] = request[ID]
+        return answer
 
 
 def _served(version: Version) -> bool:

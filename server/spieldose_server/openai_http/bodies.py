@@ -4,14 +4,25 @@ What would change an answer and is not served is refused by name, never ignored.
 """
 
 import json
+import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+from annotated_types import MaxLen, MinLen
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    NonNegativeInt,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from spieldose_server.errors import InvalidRequest
-from spieldose_server.request import Message, Prompt
-from spieldose_server.sampling_params import SamplingParams
+from spieldose_server.request import DEFAULT_MAX_TOKENS, MAX_MESSAGES, Message, Prompt
+from spieldose_server.sampling_params import MAX_STOP_STRINGS, MAX_STOP_TOKENS, SamplingParams
 
 COMPLETION_TOKENS = 16  # OpenAI's default of a completion; a chat's is the server's own
 
@@ -28,10 +39,38 @@ NEUTRAL: Mapping[str, Any] = {
 }
 
 
+HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # of a character, perhaps, as JSON escapes it
+
+MAX_PARTS = 1024  # of one message
+
+
+class First(FailFast):
+    """Tell one wrong entry of a list: a message may hold millions."""
+
+    def __hash__(self) -> int:  # a union's parts need one
+        return hash(self.fail_fast)
+
+
+T = TypeVar("T")
+Listed = Annotated[list[T], First()]
+
+
 class Strict(BaseModel):
-    """Take no other keys, and nothing for something else."""
+    """Take no other keys, and nothing for something else; null says what absence says."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _said(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        said = {key: value for key, value in given.items() if value is not None}
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        for key in said:
+            if key not in known:
+                raise PydanticCustomError("extra_forbidden", "no {key} is served", {"key": key})
+        return said
 
 
 class TextPart(Strict):
@@ -45,7 +84,7 @@ class ChatMessage(Strict):
     """Hold one turn of a chat."""
 
     role: str
-    content: str | list[TextPart]
+    content: str | Annotated[Listed[TextPart], MaxLen(MAX_PARTS)]
 
     def message(self) -> Message:
         """Return it in the server's terms; a developer speaks as the system."""
@@ -93,7 +132,7 @@ class Body(Strict):
     temperature: float = 1.0
     top_p: float = 1.0
     n: int = 1
-    stop: str | list[str] = []
+    stop: str | Annotated[Listed[str], MaxLen(MAX_STOP_STRINGS)] = []
     seed: int | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -104,7 +143,7 @@ class Body(Strict):
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     min_tokens: NonNegativeInt = 0
-    stop_token_ids: list[NonNegativeInt] = []
+    stop_token_ids: Annotated[Listed[NonNegativeInt], MaxLen(MAX_STOP_TOKENS)] = []
     structured_outputs: StructuredOutputs | None = None
 
     # what changes no answer here
@@ -162,8 +201,10 @@ class Body(Strict):
 class CompletionBody(Body):
     """Hold a request to `/v1/completions`."""
 
-    prompt: str | list[str] | list[NonNegativeInt] | list[list[NonNegativeInt]]
-    max_tokens: int = COMPLETION_TOKENS
+    default_tokens: ClassVar[int] = COMPLETION_TOKENS
+
+    prompt: str | Listed[str] | Listed[NonNegativeInt] | Listed[Listed[NonNegativeInt]]
+    max_tokens: int | None = None
     logprobs: NonNegativeInt | None = None
 
     def prompts(self) -> tuple[str, list[Prompt]]:
@@ -183,7 +224,9 @@ class CompletionBody(Body):
 class ChatBody(Body):
     """Hold a request to `/v1/chat/completions`."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    default_tokens: ClassVar[int] = DEFAULT_MAX_TOKENS
+
+    messages: Annotated[Listed[ChatMessage], MinLen(1), MaxLen(MAX_MESSAGES)]
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     logprobs: bool = False
@@ -206,7 +249,7 @@ def read(kind: type[Body], sent: bytes) -> Body:
     """Return a request's body. Raises InvalidRequest."""
     try:
         given: Any = json.loads(sent)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidRequest("body", f"expected JSON, got: {error}") from error
     if not isinstance(given, dict):
         raise InvalidRequest("body", f"expected a JSON object, got {type(given).__name__}")
@@ -215,18 +258,30 @@ def read(kind: type[Body], sent: bytes) -> Body:
         for key, value in given.items()
         if value is not None and not (key in NEUTRAL and value == NEUTRAL[key])
     }
+    halves = HALF.search(sent) is not None
+    for key, value in said.items():
+        if key not in kind.model_fields:
+            raise InvalidRequest(key, "expected no such field: it is not served")
+        if halves and not _is_text(value):
+            raise InvalidRequest(key, "expected Unicode text, got half of a character")
     try:
         return kind.model_validate(said)
     except ValidationError as error:
         raise _first(error) from None
 
 
+def _is_text(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _first(invalid: ValidationError) -> InvalidRequest:
     """Return what is wrong with a body in one line."""
     found = invalid.errors(include_url=False, include_context=False)[0]
     field = str(found["loc"][0]) if found["loc"] else "body"
-    if found["type"] == "extra_forbidden" and len(found["loc"]) == 1:
-        return InvalidRequest(field, "expected no such field: it is not served")
     inner = ".".join(map(str, found["loc"][1:]))
     where = f" at {inner}" if inner else ""
     return InvalidRequest(field, f"expected another value{where}: {found['msg']}")

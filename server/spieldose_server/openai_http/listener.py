@@ -26,7 +26,8 @@ class Listener:
             openai.app(config.max_message_bytes),
             access_log=None,
             handler_cancellation=True,  # whoever goes away gives up its place at once
-            shutdown_timeout=config.drain_seconds,
+            # aiohttp (3.14) waits so long twice, and without end for 0
+            shutdown_timeout=max(config.drain_seconds / 2, 0.01),
         )
 
     async def start(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from aiohttp import web
 
+from spieldose_server.errors import InvalidRequest
 from spieldose_server.generation import Completed, Generation, Piece
 from spieldose_server.merged import merged
 from spieldose_server.observed import Observed
@@ -51,12 +52,22 @@ def ask(
     *,
     adapter_id: str,
     request_id: str,
+    most: int,
 ) -> Asked:
-    """Return what a body asks for. Raises InvalidRequest."""
+    """Return what a body asks for, in `most` questions. Raises InvalidRequest."""
     name, prompts = body.prompts()
+    if len(prompts) > most:
+        raise InvalidRequest(name, f"expected at most {most} prompts, got {len(prompts)}")
     sampling = body.sampling()
     questions = [
-        Question(id=request_id, adapter_id=adapter_id, field=name, prompt=prompt, sampling=sampling)
+        Question(
+            id=request_id,
+            adapter_id=adapter_id,
+            field=name,
+            prompt=prompt,
+            sampling=sampling,
+            default_tokens=body.default_tokens,
+        )
         for prompt in prompts
     ]
     head = Head(objects.prefix + secrets.token_hex(12), body.model, sampling.logprobs is not None)
