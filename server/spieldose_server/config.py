@@ -76,10 +76,10 @@ class ServerConfig:
             "drain_seconds",
             "tenant_tokens_per_second",
         ):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(
-                    f"{name} must be finite and not negative, got {getattr(self, name)}"
-                )
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+            if not math.isfinite(getattr(self, name)):
+                raise ConfigError(f"{name} must be finite, got {getattr(self, name)}")
         _check_address("listen", self.listen, sockets=True)
         if self.admin_listen:
             _check_address("admin_listen", self.admin_listen, sockets=True)

@@ -41,7 +41,7 @@ def test_the_same_content_under_two_names_shares_its_prefixes(running: Running) 
     (running.directory / "copy.safetensors").write_bytes(
         (running.directory / "a1.safetensors").read_bytes()
     )
-    eventually(lambda: "copy" in {adapter.name for adapter in running.client.adapters()})
+    eventually(lambda: running.state("copy") == "resident")
     reply, found = ask(running, "copy")
     assert found == PAGES and reply.token_ids == first.token_ids
 
