@@ -72,6 +72,7 @@ class Engine:
         self.end_ids = _end_ids(base.model.generation_config) & frozenset(
             range(int(table.num_embeddings))  # what lies beyond is never made, nor can be banned
         )
+        self._started = False
         self._manager = self._make_manager(base, config)
         cache = self._manager.batch_processor.cache
         window = getattr(base.model.config, "max_position_embeddings", None) or config.kv_tokens
@@ -79,11 +80,13 @@ class Engine:
 
     def start(self) -> None:
         """Start the generation thread."""
+        self._started = True
         self._manager.start()
 
     def stop(self) -> None:
         """Stop the generation thread; requests still running fail."""
-        self._manager.stop(block=True, hard_stop=True)
+        if self._started:
+            self._manager.stop(block=True, hard_stop=True)
 
     @property
     def running(self) -> bool:

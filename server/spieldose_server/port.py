@@ -12,6 +12,7 @@ from grpc_reflection.v1alpha import reflection
 from spieldose_server.access import Access
 from spieldose_server.authenticate import Authenticate
 from spieldose_server.callers import Callers
+from spieldose_server.client.channel import PING_SECONDS, SILENCE_SECONDS
 from spieldose_server.config import ServerConfig
 from spieldose_server.errors import ConfigError
 from spieldose_server.malformed import RefuseMalformed
@@ -52,6 +53,9 @@ class Port:
                 ("grpc.max_concurrent_streams", config.max_connection_calls),
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
                 ("grpc.keepalive_permit_without_calls", 1),
+                # who vanished without a word holds a place for no longer than that
+                ("grpc.keepalive_time_ms", 1000 * SILENCE_SECONDS),
+                ("grpc.http2.ping_timeout_ms", 1000 * PING_SECONDS),
                 ("grpc.so_reuseport", 0),  # a port in use is an error, not a second server
             ],
         )

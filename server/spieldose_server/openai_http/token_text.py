@@ -15,6 +15,9 @@ class TokenText:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer: Any = tokenizer
+        # SentencePiece's decoders drop the space that a text's first token begins with
+        self._first: list[int] = self._tokenizer("a", add_special_tokens=False)["input_ids"]
+        self._skipped = len(self._tokenizer.decode(self._first))
         letters = sorted(pre_tokenizers.ByteLevel.alphabet())
         printable = {ord(letter) for letter in letters if ord(letter) < 256}
         rest = iter(sorted(set(range(256)) - printable))  # stand for themselves, those from 256 on
@@ -24,7 +27,7 @@ class TokenText:
 
     def spell(self, token: int) -> tuple[str, list[int]]:
         """Return a token's text, with U+FFFD where it is no whole character, and its bytes."""
-        text: str = self._tokenizer.decode([token])
+        text: str = self._tokenizer.decode([*self._first, token])[self._skipped :]
         if UNKNOWN not in text:
             return text, list(text.encode())
         raw: str = self._tokenizer.convert_ids_to_tokens(token)
