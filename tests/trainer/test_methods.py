@@ -214,6 +214,7 @@ def test_weight_decay_pulls_deltas_to_zero(configure: Configure, updater: Update
         ("modules", ("q_proj", 3), "a tuple of names"),
         ("description", None, "text"),
         ("data", 3, "a path"),
+        ("schedule", None, "a name"),
     ],
 )
 def test_a_value_of_another_type_is_refused_by_name(

@@ -3,8 +3,7 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from spieldose_trainer.errors import ConfigError
 from spieldose_trainer.methods import (
@@ -18,6 +17,7 @@ from spieldose_trainer.methods import (
     UpdaterName,
     check_pair,
 )
+from spieldose_trainer.setting_types import check_types
 from spieldose_trainer.text import check_line, check_text
 from spieldose_trainer.updaters.compression import Compression
 
@@ -103,7 +103,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         self._take_others()
         self._check_names()
-        self._check_types()
+        check_types(self)
         choice = self.choice
         check_pair(choice.selector, choice.updater)
         self._check_values()
@@ -138,15 +138,6 @@ class TrainConfig:
             object.__setattr__(self, "base", str(self.base))
         if isinstance(self.modules, list):
             object.__setattr__(self, "modules", tuple(self.modules))
-
-    def _check_types(self) -> None:
-        """Raise ConfigError for a value of another type than its setting's: Python checks none."""
-        for name, hint in get_type_hints(type(self)).items():
-            kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-            value = getattr(self, name)
-            if not any(_is_of(kind, value) for kind in kinds):
-                expected = " or ".join(_KINDS.get(get_origin(kind) or kind, "") for kind in kinds)
-                raise ConfigError(f"{name} must be {expected}, got {value!r}")
 
     def _check_names(self) -> None:
         """Raise ConfigError for a name that is not among those its setting knows."""
@@ -234,28 +225,6 @@ class TrainConfig:
         if Path(self.base).is_dir():
             paths["base"] = Path(self.base).resolve().name
         return self.settings() | paths
-
-
-_KINDS: dict[Any, str] = {
-    str: "text",
-    Path: "a path",
-    bool: "True or False",
-    int: "a whole number",
-    float: "a number",
-    tuple: "a tuple of names",
-    NoneType: "None",
-}
-
-
-def _is_of(kind: Any, value: Any) -> bool:
-    """Say whether a value is of a setting's type, which may be a Literal; True is no number."""
-    if kind is float:
-        return isinstance(value, float) or type(value) is int
-    if get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(isinstance(each, str) for each in value)
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
