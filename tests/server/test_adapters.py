@@ -85,7 +85,7 @@ def test_a_page_of_long_descriptions_fits_into_a_message_of_grpcs_own_limit(
     adapter = make_adapter(5)
     info = replace(adapter.info, description="long\n" * 400, method="m" * 2_000)
     write_delta(running.directory / "wordy.safetensors", Adapter(info, adapter.modules))
-    eventually(lambda: running.state("wordy"))
+    eventually(lambda: running.state("wordy") == "resident")
     shown = running.client.adapter("wordy")
     assert shown.ByteSize() * PAGE_SIZE < 4 << 20
     assert shown.description.startswith("long\\nlong") and shown.method.startswith("mmm")
