@@ -13,7 +13,7 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(BIN)/python demo/fetch_base.py
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
 
 soak: .venv/installed
 	$(BIN)/python benchmarks/soak.py $(if $(SECONDS),--seconds $(SECONDS))
