@@ -46,6 +46,12 @@ class SparseDelta:
         values.index_add_(0, places, torch.cat([self.values.float(), other.values.float()]))
         return SparseDelta.from_flat(positions, values, shape=self.shape)
 
+    def transposed(self) -> "SparseDelta":
+        """Return Δᵀ."""
+        height, width = self.shape
+        positions = self.columns.long() * height + self.rows()
+        return SparseDelta.from_flat(positions, self.values, shape=(width, height))
+
     @classmethod
     def from_flat(
         cls, indices: torch.Tensor, values: torch.Tensor, *, shape: tuple[int, int]

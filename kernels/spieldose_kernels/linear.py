@@ -9,6 +9,7 @@ from torch import nn
 from spieldose_kernels.base import Base
 from spieldose_kernels.delta import SparseDelta
 from spieldose_kernels.delta_matmul import delta_matmul
+from spieldose_kernels.frozen_product import Entries, add_frozen_product
 from spieldose_kernels.slab import LayerSlab, Slab
 from spieldose_kernels.support_product import GradientProbe, add_support_product
 from spieldose_kernels.token_groups import TokenGroups
@@ -77,21 +78,19 @@ class TrainableDelta(nn.Module):
 class FrozenDelta(nn.Module):
     """Hold one layer's delta as it is; x gets a gradient, the values get none."""
 
-    row_starts: torch.Tensor  # [R + 1] int32
-    columns: torch.Tensor  # [Z] int32
-    values: torch.Tensor  # [Z] float32
-
     def __init__(self, delta: SparseDelta) -> None:
         super().__init__()
-        self.register_buffer("row_starts", delta.row_starts)
-        self.register_buffer("columns", delta.columns.int())
-        self.register_buffer("values", delta.values.float())
+        for side, entries in (("forward", delta), ("backward", delta.transposed())):
+            self.register_buffer(f"{side}_row_starts", entries.row_starts)
+            self.register_buffer(f"{side}_columns", entries.columns.int())
+            self.register_buffer(f"{side}_values", entries.values.float())
 
     def add_to(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Return y + Δ·x, differentiable in x."""
-        return add_support_product(
-            y, x, self.values, row_starts=self.row_starts, columns=self.columns
-        )
+        """Return y + Δ·x, differentiable in y and x."""
+        return add_frozen_product(y, x, self._entries("forward"), self._entries("backward"))
+
+    def _entries(self, side: str) -> Entries:
+        return Entries(*(self.get_buffer(f"{side}_{name}") for name in Entries._fields))
 
 
 class Playing:

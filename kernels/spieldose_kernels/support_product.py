@@ -11,7 +11,8 @@ from spieldose_kernels.delta import entry_rows
 
 TILE = 1 << 20  # weights of a dense gradient that exist at once: 4 MB in float32
 
-# called in backward with x [C, T] and dy [R, T]: all a selector needs to know of dW = dy·xᵀ
+# called in backward with x [C, T] and dy [R, T], contiguous or not, in the dtype of the values: all
+# a selector needs to know of dW = dy·xᵀ
 GradientProbe = Callable[[torch.Tensor, torch.Tensor], None]
 
 
@@ -45,7 +46,7 @@ def add_support_product(
 
     Differentiable in all three; values [Z] are float32.
     """
-    if _blocked(y, x, values):
+    if in_blocks(y, x, values):
         apply: Callable[..., torch.Tensor] = _AddSupportProduct.apply
         return apply(y, x, values, row_starts, columns, probe)
     flat = x.reshape(-1, x.shape[-1])
@@ -150,7 +151,7 @@ def _(
     return y.new_empty(columns.numel())
 
 
-def _blocked(y: torch.Tensor, x: torch.Tensor, values: torch.Tensor) -> bool:
+def in_blocks(y: torch.Tensor, x: torch.Tensor, values: torch.Tensor) -> bool:
     """Say whether the CPU's own training products take these tensors."""
     dtypes = x.dtype in training.NUMPY and y.dtype in training.NUMPY
     real = not torch.compiler.is_compiling() and not isinstance(x, FakeTensor)
@@ -183,7 +184,7 @@ class _AddSupportProduct(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1]).contiguous()
         dy = upstream[0].reshape(-1, upstream[0].shape[-1]).contiguous()
         if ctx.probe is not None:
-            ctx.probe(_features_first(flat, values.dtype), _features_first(dy, values.dtype))
+            ctx.probe(flat.to(values.dtype).t(), dy.to(values.dtype).t())
         dx, dvalues = training.gradients(flat, dy, values, row_starts=row_starts, columns=columns)
         return upstream[0], dx.view(x.shape), dvalues, None, None, None
 
@@ -200,15 +201,15 @@ class _SupportProduct(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x, values, row_starts, columns)
         ctx.probe = probe
-        source = _features_first(x, values.dtype)
+        source = features_first(x, values.dtype)
         out: torch.Tensor = product(source, values.detach(), row_starts, columns)
         return out.t()
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, values, row_starts, columns = ctx.saved_tensors
-        dy = _features_first(gradients[0], values.dtype)
-        source = _features_first(x, values.dtype)
+        dy = features_first(gradients[0], values.dtype)
+        source = features_first(x, values.dtype)
         if ctx.probe is not None:
             ctx.probe(source, dy)
         dx = dvalues = None
@@ -220,5 +221,6 @@ class _SupportProduct(torch.autograd.Function):
         return dx, dvalues, None, None, None
 
 
-def _features_first(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def features_first(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return x [T, C] as [C, T] of this dtype, without its history."""
     return x.detach().to(dtype).t().contiguous()

@@ -10,10 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spieldose_kernels.linear import TrainableDelta
-from spieldose_trainer.selectors.accumulated_gradients import choose_exchange
+from spieldose_trainer.selectors.accumulated_gradients import (
+    AccumulatedGradients,
+    choose_exchange,
+)
 from spieldose_trainer.selectors.candidates import Candidates
 from spieldose_trainer.selectors.momentum import MomentumApproximation
-from spieldose_trainer.selectors.schedule import ReselectionSchedule
+from spieldose_trainer.selectors.principal import Principal
+from spieldose_trainer.selectors.schedule import RefreshSchedule, ReselectionSchedule
 from spieldose_trainer.support import exchange, flat_positions
 from spieldose_trainer.updaters.adamw import SparseAdamW
 from spieldose_trainer.updaters.sm3 import SM3
@@ -95,6 +99,75 @@ def test_no_more_are_dropped_than_there_is_to_grow(candidates: list[int]) -> Non
     grown = [i for i, position in enumerate(candidates) if position != 5]
     assert grow.tolist() == grown
     assert keep.tolist() == [len(grown) < 2, len(grown) < 1, True, True]
+
+
+@pytest.mark.parametrize("reached", [0, 1, 3])
+def test_nothing_is_grown_where_there_is_no_gradient(
+    make_trainable: Callable[..., TrainableDelta], reached: int
+) -> None:
+    """Of ten columns only the first few see an input that is not 0."""
+    layer = make_trainable(torch.arange(0, 100, 5), shape=(10, 10))
+    layer.values.data.copy_(torch.arange(1.0, 21.0))
+    updater = SparseAdamW([layer.values], lr=0.1)
+    schedule = ReselectionSchedule(every=9, steps=1, initial_rate=0.5, decay="linear", total=9)
+    selector = AccumulatedGradients({"a": layer}, updater=updater, schedule=schedule)
+    selector.begin_update(1)
+    x = torch.randn(4, 10, generator=torch.Generator().manual_seed(0))
+    x[:, reached:] = 0.0
+    layer.add_to(torch.zeros(4, 10), x).sum().backward()
+    before = set(flat_positions(layer).tolist())
+    replaced = selector.end_update(1)
+    after = set(flat_positions(layer).tolist())
+    within = {position for position in range(100) if position % 10 < reached}
+    assert after - before <= within
+    assert len(after & within) == min(20, len(within))
+    assert len(after) == len(before) == 20
+    assert replaced == len(after - before)
+    assert bool(selector.lost) == (replaced > 0)
+
+
+def test_lost_is_the_share_of_the_norm_that_left(
+    make_trainable: Callable[..., TrainableDelta],
+) -> None:
+    layer = make_trainable(torch.arange(4), shape=(2, 4))
+    layer.values.data.copy_(torch.tensor([3.0, 1.0, -2.0, 4.0]))
+    updater = SparseAdamW([layer.values], lr=0.1)
+    schedule = RefreshSchedule(every=1, total=2)
+    selector = Principal(
+        {"a": layer}, updater=updater, schedule=schedule, scores=lambda _: torch.arange(8.0)
+    )
+    layer.values.data[3] = 0.0  # no longer: 9 + 1 + 4, of which all leave
+    assert selector.end_update(1) == 4
+    assert selector.lost == 1.0
+    layer.values.data.copy_(torch.tensor([3.0, 1.0, -2.0, 4.0]))
+    selector._scores = lambda _: torch.tensor([0.0, 1, 0, 0, 9, 0, 9, 9])  # 5 leaves for 1
+    assert selector.end_update(1) == 1
+    assert selector.lost == pytest.approx((1 / 30) ** 0.5)
+
+
+def test_principal_survivors_carry_value_moments_and_age(
+    make_trainable: Callable[..., TrainableDelta],
+) -> None:
+    layer = make_trainable(torch.tensor([1, 3, 4, 7]), shape=(2, 4))
+    layer.values.data.copy_(torch.tensor([1.0, 3.0, 4.0, 7.0]))
+    updater = SparseAdamW([layer.values], lr=0.1)
+    for shift, moment in enumerate(updater.moments(layer.values).values(), start=1):
+        moment.copy_(layer.values.detach() + 10 * shift)
+    scores = torch.zeros(8)
+    scores[[0, 3, 6, 7]] = 1.0
+    selector = Principal(
+        {"a": layer},
+        updater=updater,
+        schedule=RefreshSchedule(every=2, total=9),
+        scores=lambda _: scores,
+    )
+    assert selector.end_update(1) == 0
+    assert selector.end_update(4) == 2
+    assert flat_positions(layer).tolist() == [0, 3, 6, 7]
+    assert layer.values.tolist() == [0.0, 3.0, 0.0, 7.0]
+    for shift, moment in enumerate(updater.moments(layer.values).values(), start=1):
+        assert moment.tolist() == [0.0, 3.0 + 10 * shift, 0.0, 7.0 + 10 * shift]
+    assert layer.born.tolist() == [2, 0, 2, 0]
 
 
 @pytest.mark.parametrize("density", [0.05, 0.5, 0.9, 1.0])

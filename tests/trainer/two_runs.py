@@ -29,6 +29,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "zo": {"density": 0.05},
     "lift": {"rank": 8},
     "sgc": {"chunk": 256},
+    "cesgc": {"method": "sgc", "sgc_variant": "cesgc", "chunk": 256, "rank": 8},
     "fisher": {"fisher_samples": 4, "allocation": "global", "density": 0.002},
     "random": {
         "packing": True,

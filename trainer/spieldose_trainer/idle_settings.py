@@ -45,6 +45,11 @@ def idle_settings(config: TrainConfig) -> list[str]:
             f"start=residual does not last: selector {choice.selector} replaces entries, and new "
             "ones start at 0"
         )
+    if config.start == "residual" and choice.selector == "largest":
+        lines.append(
+            "start=residual keeps the support nearly as it is: selector largest evicts the "
+            "smallest |δ|, and what updates add is far smaller than residuals"
+        )
     return lines
 
 

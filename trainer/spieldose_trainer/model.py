@@ -81,8 +81,6 @@ class SparseModel(nn.Module):
     def activation_checkpointing_enable(self, **arguments: Any) -> None:
         """Recompute activations in backward."""
         self.model.activation_checkpointing_enable(**arguments)
-        # without a gradient on its input a checkpointed block would have none on its values
-        self.model.enable_input_require_grads()
 
     def adapter(
         self,

@@ -98,7 +98,7 @@ def _together(sizes: Sizes, over: Adapter | None) -> Sizes:
 def _frozen_bytes(over: Adapter | None) -> int:
     """Return what an adapter takes that lies beneath a run: see `FrozenDelta`."""
     deltas = () if over is None else over.modules.values()
-    return sum((4 + 4) * delta.nnz + 4 * (delta.shape[0] + 1) for delta in deltas)
+    return sum(2 * (4 + 4) * delta.nnz + 4 * (sum(delta.shape) + 2) for delta in deltas)
 
 
 def _count(choice: Choice, height: int, width: int) -> int:

@@ -123,7 +123,7 @@ class Trainer:
         """Return the trained deltas: those of the lowest held-out loss, if there was any.
 
         Those of the adapter that the run was built over are in them. Raises CheckpointError if the
-        best ones cannot be read.
+        best ones cannot be read: of several processes only the first may ask after `save`.
         """
         return self._with_over(self._trained())
 
@@ -187,8 +187,8 @@ class Trainer:
             check_separation(self.base.model)
             rows = list(pack(self.examples, max_length=self.examples.limit, seed=config.seed))
         arguments = self._arguments
-        together = config.batch_size * arguments.world_size
-        per_epoch = math.ceil(len(rows) / (together * config.accumulation))
+        batch = config.batch_size * arguments.world_size
+        per_epoch = math.ceil(len(rows) / (batch * config.accumulation))
         updates = config.max_steps or math.ceil(config.epochs * per_epoch)
         arguments.max_steps = updates
         # the first update of a warm-up has a learning rate of 0: one must be left
@@ -212,7 +212,7 @@ class Trainer:
             settings=self._settings,
             pad=pad,
             args=arguments,
-            train_dataset=Rows(rows, batch=together if arguments.world_size > 1 else 1),
+            train_dataset=Rows(rows, batch=batch if arguments.world_size > 1 else 1),
             data_collator=partial(
                 collate_counted, collate=collate_packed if config.packing else collate, pad=pad
             ),

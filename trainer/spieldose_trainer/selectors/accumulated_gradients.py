@@ -136,14 +136,14 @@ def choose_exchange(
     """Return (keep, grow): a mask over `active` [Z], and ascending indices into `candidates` [M].
 
     The `count` smallest |change| are dropped, the `count` largest |score| outside the survivors
-    grown; a position in both sets is kept untouched. Where fewer candidates are left, as of a layer
-    that no gradient reached, fewer are exchanged. Positions are flat and ascending.
+    grown; a position in both sets is kept untouched. Where fewer candidates have a gradient, fewer
+    are exchanged. Positions are flat and ascending.
     """
     dropped = changes.abs().topk(count, largest=False).indices
     keep = torch.ones(active.numel(), dtype=torch.bool, device=active.device)
     keep[dropped] = False
     score = scores.abs().masked_fill(torch.isin(candidates, active[keep]), -1.0)
-    free = int((score >= 0).sum())
+    free = int((score > 0).sum())
     grow = score.topk(min(count, free)).indices.sort().values
     both = torch.isin(candidates[grow], active[dropped])
     keep |= torch.isin(active, candidates[grow][both])

@@ -81,7 +81,10 @@ class Candidates:
         else:
             assert self._support is not None
             self._update += sampled_product(
-                dy, x, row_starts=self._support.row_starts, columns=self._support.columns.int()
+                dy.contiguous(),
+                x.contiguous(),
+                row_starts=self._support.row_starts,
+                columns=self._support.columns.int(),
             ).float()
 
     def scale_update(self, factor: float) -> None:

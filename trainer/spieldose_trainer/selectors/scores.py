@@ -23,7 +23,10 @@ def principal(weight: torch.Tensor, *, rank: int) -> torch.Tensor:
     height, width = weight.shape
     thin = weight if height <= width else weight.t()
     # the singular vectors of the shorter side, exact in float64, without those of the longer one
-    vectors = torch.linalg.eigh(thin.double() @ thin.double().t()).eigenvectors[:, -rank:].float()
+    exact = thin.double()
+    gram = exact @ exact.t()
+    del exact
+    vectors = torch.linalg.eigh(gram).eigenvectors[:, -rank:].float()
     approximation: torch.Tensor = vectors @ (vectors.t() @ thin.float())
     return (approximation if height <= width else approximation.t()).abs().flatten()
 
