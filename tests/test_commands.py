@@ -1,8 +1,11 @@
 """Every command refuses what it does not know in one line."""
 
+import sys
 from importlib.metadata import EntryPoint, entry_points
 
 import pytest
+
+from spieldose_server.command_line import main
 
 COMMANDS = sorted(entry_points(group="spieldose.commands"))
 
@@ -20,3 +23,33 @@ def test_an_unknown_option_ends_in_one_line(
     assert line.startswith(f"spieldose {command.name}: expected ")
     assert ", got --nothing 7" in line or line.endswith(", got no value")  # of what goes first
     assert not printed.out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("generate", "--prompt", "x", "--max-tokens", "-1"), "max_tokens: expected what fits"),
+        (("generate", "--prompt", "x", "--seed", str(1 << 70)), "seed: expected what fits"),
+        (("generate", "--prompt", "\udcff"), "text: expected what fits"),
+        (("generate", "--prompt", "\udcff", "--chat"), "content: expected what fits"),
+        (("generate", "--prompt", "x", "--stop", "\udcff"), "stop: expected what fits"),
+        (("generate", "--prompt", "x", "--timeout", "nan"), "timeout: expected seconds, got nan"),
+        (
+            ("generate", "--prompt", "x", "--regex", "x", "--json-schema", "{}"),
+            "expected json_schema or regex, got both",
+        ),
+        (("chat", "--adapter", "\udcff"), "adapter_id: expected what fits"),
+        (("adapters", "get", "\udcff"), "adapter_id: expected what fits"),
+        (("token", "--days", "0"), "days: expected 1 to 36500, got 0"),
+        (("token", "--days", "99999999"), "days: expected 1 to 36500, got 99999999"),
+    ],
+)
+def test_what_nobody_can_be_asked_ends_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], said: str
+) -> None:
+    server = () if words[0] == "token" else ("--server", "127.0.0.1:1")
+    monkeypatch.setattr(sys, "argv", ["spieldose", *words, *server])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert str(ended.value.code).startswith(f"spieldose {words[0]}: {said}")
+    assert "\n" not in str(ended.value.code)

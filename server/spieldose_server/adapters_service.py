@@ -7,7 +7,7 @@ from spieldose_proto import inference_pb2_grpc as rpc
 from spieldose_server import wire
 from spieldose_server.access import CALLER
 from spieldose_server.directory import AdapterDirectory
-from spieldose_server.errors import InvalidRequest
+from spieldose_server.errors import InvalidRequest, UnknownAdapter
 from spieldose_server.statuses import Context, answering
 from spieldose_server.store import AdapterStore
 
@@ -86,8 +86,13 @@ class AdaptersService(rpc.AdaptersServicer):
         async with answering(context):
             CALLER.get().check_admin()
             name, _, _ = _named(request.adapter_id).partition("@")
-            self._store.pin(name, pinned=False)  # also of a name that has no file now
-            return wire.adapter(self._store.get(request.adapter_id))
+            was_pinned = self._store.pin(name, pinned=False)
+            try:
+                return wire.adapter(self._store.get(request.adapter_id))
+            except UnknownAdapter:  # its file has gone
+                if not was_pinned:
+                    raise
+                return pb.Adapter(name=name)
         raise AssertionError("aborted")
 
 

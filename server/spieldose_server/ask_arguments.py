@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 
 from spieldose_proto import inference_pb2 as pb
+from spieldose_server.client.requests import message
 from spieldose_server.config import DEFAULT_ADDRESS
+from spieldose_server.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +25,11 @@ class AskArguments:
     timeout: float | None = None  # seconds of an answer
 
     def sampling(self) -> pb.SamplingParams:
-        """Return what was given; the server knows the defaults."""
+        """Return what was given; the server knows the defaults.
+
+        Raises ConfigError for two constraints, InvalidArgument for what no message holds.
+        """
+        if self.json_schema is not None and self.regex is not None:
+            raise ConfigError("expected json_schema or regex, got both")
         names = "max_tokens temperature top_p top_k seed stop json_schema regex".split()
-        given = {name: getattr(self, name) for name in names}
-        return pb.SamplingParams(**{name: v for name, v in given.items() if v is not None})
+        return message(pb.SamplingParams, **{name: getattr(self, name) for name in names})

@@ -11,6 +11,7 @@ from spieldose_kernels.terminal import say
 from spieldose_proto import inference_pb2 as pb
 from spieldose_server.ask_arguments import AskArguments
 from spieldose_server.client import Client, ClientError
+from spieldose_server.client.requests import message
 from spieldose_server.connect import connect
 
 HELP = """\
@@ -102,14 +103,14 @@ class Chat:
 
     def _reset(self) -> None:
         system = self._arguments.system
-        self._history = [pb.ChatMessage(role="system", content=system)] if system else []
+        self._history = [message(pb.ChatMessage, role="system", content=system)] if system else []
 
     def _turn(self, line: str) -> None:
         """Stream an answer; one that was stopped counts as far as it got, one that failed does not.
 
         Raises ClientError.
         """
-        asked = [*self._history, pb.ChatMessage(role="user", content=line)]
+        asked = [*self._history, message(pb.ChatMessage, role="user", content=line)]
         said: list[str] = []
         arguments = self._arguments
         stream = self._client.stream(
@@ -124,7 +125,7 @@ class Chat:
             if said:
                 say("\n")
         if said:
-            answer = pb.ChatMessage(role="assistant", content="".join(said))
+            answer = message(pb.ChatMessage, role="assistant", content="".join(said))
             self._history = [*asked, answer]
 
 

@@ -21,11 +21,15 @@ from spieldose_kernels.errors import SpieldoseError
 from spieldose_kernels.terminal import say
 from spieldose_proto import inference_pb2 as pb
 from spieldose_server.ask_arguments import AskArguments
+from spieldose_server.client.requests import message
 from spieldose_server.config import DEFAULT_ADDRESS, DIGEST_SHOWN
 from spieldose_server.config_file import ServeArguments, checked, with_file
 from spieldose_server.connect import connect
+from spieldose_server.errors import ConfigError
 
 Command = Callable[[Sequence[str]], None]
+
+MOST_DAYS = 36_500  # of a token: a century
 
 
 def main() -> None:
@@ -75,7 +79,9 @@ class GenerateArguments(AskArguments):
 def generate(arguments: Sequence[str]) -> None:
     """Generate text with an adapter and stream it to the terminal."""
     asked = parse(GenerateArguments, arguments, prog="spieldose generate")
-    prompt = [pb.ChatMessage(role="user", content=asked.prompt)] if asked.chat else asked.prompt
+    prompt = (
+        [message(pb.ChatMessage, role="user", content=asked.prompt)] if asked.chat else asked.prompt
+    )
     with connect(asked.server) as client:
         for text in client.stream(
             prompt, adapter=asked.adapter, sampling=asked.sampling(), timeout=asked.timeout
@@ -107,8 +113,10 @@ def _make_token(*, days: int = 90) -> None:
     """Make a tenant's token, and the line of the access file that lets it in for some days."""
     from spieldose_server.access import hashed, make_token
 
-    made = make_token()
+    if not 1 <= days <= MOST_DAYS:
+        raise ConfigError(f"days: expected 1 to {MOST_DAYS}, got {days}")
     expires = date.today() + timedelta(days=days)
+    made = make_token()
     print(made)
     print(f'tokens = [{{ sha256 = "{hashed(made)}", expires = {expires} }}]', file=sys.stderr)
 

@@ -34,7 +34,7 @@ class ServerConfig:
     trace_ratio: float = 1.0  # share of the requests traced whose caller does not say
     log_format: LogFormat = "text"  # of the log, on stderr
     trusted_keys: str = ""  # PEM file; one of its keys has to have signed an adapter; empty: none
-    access: str = ""  # TOML file of tenants, their tokens and adapters; empty: all may do all
+    access: str = ""  # TOML file of tenants, their tokens and adapters; empty: all may play all
 
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda when there is one
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations
@@ -111,7 +111,7 @@ def _is_url(text: str) -> bool:
 
 def _check_address(name: str, address: str, *, sockets: bool) -> None:
     host, _, port = address.rpartition(":")
-    if sockets and address.startswith("unix:"):
+    if sockets and address.startswith("unix:") and address.removeprefix("unix:").strip("/"):
         return
     if not (host and port.isdecimal() and int(port) < 1 << 16):
         also = " or unix:PATH" if sockets else ""

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.hf import from_tokenizer
 from transformers import PreTrainedTokenizerBase
 
@@ -23,19 +23,33 @@ BLANKS = r"\n?[ ]{0,32}"
 # the age of the table: llguidance's knows some that Python's does not.
 ASCII = {"d": "[0-9]", "w": "[0-9A-Za-z_]", "s": r"[\t\n\v\f\r ]"}
 
+# Whoever asks for a step that takes long lets all others wait. At llguidance's own limits the first
+# mask of (a{1000}){1000} takes 1 s over 49,152 tokens, at these 0.08 s; later ones at most 15 ms.
+LIMITS = LLParserLimits(initial_lexer_fuel=100_000, step_lexer_fuel=50_000, step_max_items=5_000)
+
 
 class Constraint:
     """Say which tokens may come next in one answer."""
 
-    def __init__(self, field: str, matcher: LLMatcher, end_ids: frozenset[int]) -> None:
+    def __init__(
+        self, field: str, matcher: LLMatcher, first: torch.Tensor, end_ids: frozenset[int]
+    ) -> None:
         self._field = field
         self._matcher = matcher
+        self._first = first  # what may begin an answer, [V] bool
         self._end_ids = end_ids
         self._consumed = 0
 
+    @classmethod
+    def of(cls, field: str, matcher: LLMatcher, end_ids: frozenset[int]) -> "Constraint":
+        """Find out what may begin an answer, which takes the longest. Raises InvalidRequest."""
+        constraint = cls(field, matcher, _mask(matcher), end_ids)
+        constraint.check()
+        return constraint
+
     def another(self) -> "Constraint":
         """Return the constraint of a further answer, to be used before either has begun."""
-        return Constraint(self._field, self._matcher.deep_copy(), self._end_ids)
+        return Constraint(self._field, self._matcher.deep_copy(), self._first, self._end_ids)
 
     def allowed(self, answer: list[int]) -> torch.Tensor:
         """Return what may follow an answer that has grown since the last call, [V] bool.
@@ -43,10 +57,11 @@ class Constraint:
         An end-of-sequence token may where the answer is complete. Once llguidance has given up, it
         is all that may: `check` tells.
         """
+        if not answer:
+            return self._first
         self._matcher.consume_tokens(answer[self._consumed :])
         self._consumed = len(answer)
-        bias = bytearray(self._matcher.compute_logit_bias())
-        allowed = torch.frombuffer(bias, dtype=torch.uint8) > 0
+        allowed = _mask(self._matcher)
         if self._matcher.is_error():
             allowed.fill_(False)
             allowed[sorted(self._end_ids)] = True
@@ -70,9 +85,10 @@ class Grammars:
         self._end_ids = end_ids
 
     def constraint(self, sampling: SamplingParams) -> Constraint | None:
-        """Return the constraint that a request asks for, if any, made in milliseconds.
+        """Return the constraint that a request asks for, if any.
 
-        An answer matches a regular expression as a whole. Raises InvalidRequest.
+        That takes milliseconds, of a hostile grammar a second. An answer matches a regular
+        expression as a whole. Raises InvalidRequest.
         """
         if sampling.json_schema is not None:
             field = "sampling_params.json_schema"
@@ -89,14 +105,17 @@ class Grammars:
             return None
         if not self._end_ids:
             raise InvalidRequest(field, "the model has no token that could end the answer")
-        constraint = Constraint(field, LLMatcher(self._tokens, grammar, log_level=0), self._end_ids)
-        constraint.check()
-        return constraint
+        matcher = LLMatcher(self._tokens, grammar, log_level=0, limits=LIMITS)
+        return Constraint.of(field, matcher, self._end_ids)
 
     @cached_property
     def _tokens(self) -> LLTokenizer:  # 0.4 s for 49,152 tokens: not before it is needed
         fast: Any = self._tokenizer
         return from_tokenizer(fast, n_vocab=self._vocabulary, eos_token=sorted(self._end_ids))
+
+
+def _mask(matcher: LLMatcher) -> torch.Tensor:
+    return torch.frombuffer(bytearray(matcher.compute_logit_bias()), dtype=torch.uint8) > 0
 
 
 def _ascii(pattern: str) -> str:

@@ -22,7 +22,7 @@ MOVES: dict[str, tuple[str, str, str]] = {
         f"{ADAPTER}, `code`",
         "requests",
         "a request for text ends: OK, CANCELLED, or with any other gRPC status, over HTTP too; "
-        "or a call is refused for its token",
+        "or a call is refused for who asks",
     ),
     "spieldose_tokens_total": (ADAPTER, "tokens", "tokens of an answer come from the engine"),
     "spieldose_prompt_tokens_total": (ADAPTER, "tokens", "an answer gets its place in the engine"),
@@ -97,8 +97,7 @@ A histogram has `_bucket`, `_sum` and `_count`: the mean of a forward pass's req
 start have labels of their own for as long as the server runs; whichever come later share
 `{OTHERS}`, however busy they are, so that a thousand adapters make no thousand series. The base is
 `{BASE}`. A request that is refused before its adapter is known has `{NONE}`, whatever name it asked
-for. Other calls are counted only
-if they are refused for their token.
+for. Other calls are counted only if they are refused for who asks.
 
 Errors are `spieldose_requests_total{{{{code!="OK"}}}}`; CANCELLED says that a client went
 away, DEADLINE_EXCEEDED that it did when its time was up.

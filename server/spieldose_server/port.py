@@ -1,6 +1,7 @@
 """A gRPC server on an address of its own: what it offers, and who may steer by it."""
 
 import logging
+import socket
 from collections.abc import Callable, Mapping
 
 import grpc.aio
@@ -71,6 +72,8 @@ class Port:
     def open(self) -> None:
         """Take the address. Raises ConfigError."""
         try:
+            if self.address.startswith("unix:") and _answers(self.address.removeprefix("unix:")):
+                raise RuntimeError("gRPC would take it from whoever has it")
             if self._certificates is None:
                 self.number = self._server.add_insecure_port(self.address)
             else:
@@ -93,3 +96,16 @@ class Port:
         if self.address.startswith("unix:"):
             return self.address
         return f"{self.address.rpartition(':')[0]}:{self.number}"
+
+
+def _answers(path: str) -> bool:
+    """Say whether someone has a socket; one that a dead process left is free."""
+    with socket.socket(socket.AF_UNIX) as asking:
+        asking.settimeout(1)
+        try:
+            asking.connect(path.removeprefix("//"))  # unix:///a/b is /a/b
+        except (ConnectionRefusedError, FileNotFoundError):
+            return False
+        except OSError:  # nor can it be taken
+            pass
+        return True

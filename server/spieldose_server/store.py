@@ -187,8 +187,12 @@ class AdapterStore:
         self._retire(name)
         self._move()
 
-    def pin(self, name: str, *, pinned: bool) -> None:
-        """Keep a name's versions on the device once they are there, or no longer."""
+    def pin(self, name: str, *, pinned: bool) -> bool:
+        """Keep a name's versions on the device once they are there, or no longer.
+
+        Returns whether that was otherwise before.
+        """
+        changed = (name in self._pinned) != pinned
         (self._pinned.add if pinned else self._pinned.discard)(name)
         if version := self._current.get(name):
             version.pinned = pinned
@@ -196,6 +200,7 @@ class AdapterStore:
             self.changed(version)
             if pinned:
                 self._load_aside(version)
+        return changed
 
     @contextmanager
     def watching(self) -> Iterator["Watcher"]:

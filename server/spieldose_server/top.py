@@ -1,5 +1,6 @@
 """The `spieldose top` command: a server's metrics, live in the terminal."""
 
+import math
 import os
 import re
 import time
@@ -33,14 +34,15 @@ class TopArguments:
     svg: Path | None = None  # draw one frame into this file and end
 
     def __post_init__(self) -> None:
-        if self.interval <= 0:
-            raise ConfigError(f"interval must be positive, got {self.interval}")
+        if not 0 < self.interval < math.inf:
+            raise ConfigError(f"interval: expected seconds above 0, got {self.interval}")
 
 
 def show(arguments: TopArguments, state: Callable[[str], str]) -> None:
     """Show frames as the arguments say; `state` describes an adapter or raises ClientError.
 
-    Raises NoMetrics where one frame is asked for; otherwise it tries again, until interrupted.
+    Raises NoMetrics where one frame is asked for, ConfigError if its file cannot be written;
+    otherwise it tries again, until interrupted.
     """
     watch = Watch(arguments, state)
     if arguments.svg is not None:
@@ -113,4 +115,8 @@ def _draw(shown: RenderableType, file: Path) -> None:
         console.print(shown)
     drawn = console.export_svg(title="spieldose top")
     # a picture asks nobody else for its font; without one it is drawn in any of fixed width
-    file.write_text(re.sub(r"@font-face \{.*?\}", "", drawn, flags=re.DOTALL), encoding="utf-8")
+    drawn = re.sub(r"@font-face \{.*?\}", "", drawn, flags=re.DOTALL)
+    try:
+        file.write_text(drawn, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"svg: expected a file to write, got: {error}") from error

@@ -235,8 +235,9 @@ def test_a_pin_is_taken_back_even_if_its_file_is_gone(
     running.admin.pin("a1")
     (running.directory / "a1.safetensors").unlink()
     eventually(lambda: not running.state("a1"))
+    assert running.admin.unpin("a1") == pb.Adapter(name="a1")
     with pytest.raises(ClientError, match="NOT_FOUND"):
-        running.admin.unpin("a1")
+        running.admin.unpin("a1")  # again
     write_delta(running.directory / "a1.safetensors", make_adapter(1))
     eventually(lambda: running.state("a1"))
     assert not running.client.adapter("a1").pinned

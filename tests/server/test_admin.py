@@ -95,6 +95,20 @@ def test_the_port_may_be_a_socket_in_a_directory(serving: Serving, tmp_path: Pat
         steer(admin)
 
 
+def test_a_socket_that_answers_is_not_taken_from_who_has_it(
+    serving: Serving, tmp_path: Path
+) -> None:
+    address = f"unix:{tmp_path}/admin.sock"
+    with serving(admin_listen=address), Client(address) as admin:
+        with pytest.raises(ConfigError, match=r"^expected a free address .*, got unix:"):
+            serving(admin_listen=address).__enter__()
+        steer(admin)
+    with socket.socket(socket.AF_UNIX) as left_behind:
+        left_behind.bind(f"{tmp_path}/admin.sock")
+    with serving(admin_listen=address), Client(address) as admin:
+        steer(admin)
+
+
 def test_with_tenants_the_port_needs_an_administrators_token_too(
     serving: Serving, tmp_path: Path
 ) -> None:

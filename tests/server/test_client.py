@@ -1,6 +1,7 @@
 """What the clients make of a server's answers and refusals, and what they leave behind."""
 
 import asyncio
+import math
 import pickle
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 from spieldose_kernels.delta_file import write_delta
 from spieldose_proto import inference_pb2 as pb
 from spieldose_server import client as library
-from spieldose_server.client import AsyncClient, Client, ClientError
+from spieldose_server.client import AsyncClient, Client, ClientError, InvalidArgument
 from spieldose_server.connect import connect
 from spieldose_server.errors import ConfigError
 
@@ -95,6 +96,33 @@ def test_what_no_call_can_say_is_refused_and_not_repeated(field: str, said: str)
     with pytest.raises(library.InvalidArgument, match=f"^{field}: expected printable") as caught:
         Client(**{field: said})  # type: ignore[arg-type]
     assert caught.value.field == field and "ret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "ask"),
+    [
+        ("text", lambda client: client.generate("\ud800")),
+        ("adapter_id", lambda client: client.generate("x", adapter="\ud800")),
+        ("adapter_id", lambda client: client.tokenize("x", adapter="\ud800")),
+        ("adapter_id", lambda client: client.adapter("\ud800")),
+        ("adapter_id", lambda client: client.pin("\ud800")),
+        ("timeout", lambda client: client.generate("x", timeout=math.nan)),
+        ("timeout", lambda client: client.adapter("x", timeout=math.nan)),
+    ],
+)
+def test_what_no_message_holds_is_refused_by_name(
+    field: str, ask: Callable[[Client], object]
+) -> None:
+    with Client("127.0.0.1:1") as client, pytest.raises(InvalidArgument) as refused:
+        ask(client)
+    assert refused.value.field == field
+
+
+@pytest.mark.parametrize("seconds", [math.inf, 1e300])
+def test_a_timeout_without_end_is_none(serving: Any, seconds: float) -> None:
+    with serving() as running:
+        assert running.client.adapter("a1", timeout=seconds).name == "a1"
+        assert running.client.generate("x", sampling=SHORT, timeout=seconds).token_ids
 
 
 def test_a_key_needs_its_certificate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -13,8 +14,10 @@ import jsonschema
 import pytest
 import regex
 import torch
+from llguidance import LLMatcher
 
 from spieldose_proto import inference_pb2 as pb
+from spieldose_server import constraint
 from spieldose_server.client import ClientError, Reply
 from spieldose_server.constraint import Constraint
 
@@ -202,3 +205,28 @@ def test_a_grammar_that_cannot_be_followed_fails_its_request_alone(
     assert caught.value.code == grpc.StatusCode.INVALID_ARGUMENT
     monkeypatch.undo()
     assert re.fullmatch("[x-z]{9}", ask(running, regex="[x-z]{9}").text)
+
+
+@pytest.mark.parametrize("pattern", ["(a{1000}){1000}", "ab" * 100_000])
+def test_what_takes_long_to_follow_is_refused(running: Running, pattern: str) -> None:
+    with pytest.raises(ClientError, match=r"INVALID_ARGUMENT: sampling_params\.regex: lexer error"):
+        ask(running, regex=pattern)
+
+
+def test_what_may_begin_an_answer_is_found_out_aside(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes longest, and would hold up all who play meanwhile."""
+    threads: list[str] = []
+    mask = constraint._mask
+
+    def noted(matcher: LLMatcher) -> torch.Tensor:
+        threads.append(threading.current_thread().name)
+        return mask(matcher)
+
+    monkeypatch.setattr(constraint, "_mask", noted)
+    reply = ask(running, regex="[a-f]{4}", n=2)
+    assert len(reply.token_ids) == 5  # the end of sequence, too
+    assert threads[0].startswith("prepare")
+    assert not any(name.startswith("prepare") for name in threads[1:])
+    assert len(threads) == 1 + 2 * 4

@@ -7,6 +7,7 @@ import http.client
 import json
 import socket
 import ssl
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ import openai
 import pytest
 import trustme
 from pydantic import ValidationError
+from tokenizers.decoders import DecodeStream
 
 from spieldose_kernels.delta_file import write_delta
 from spieldose_proto import inference_pb2 as pb
+from spieldose_server.errors import InvalidRequest
 from spieldose_server.openai_http import bodies
 
 from ..conftest import Running, eventually
@@ -35,6 +38,7 @@ SCHEMA = {
 }
 HI: Any = [{"role": "user", "content": "hi"}]
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
+GREEDY_12 = pb.SamplingParams(max_tokens=12)
 
 
 @pytest.fixture
@@ -69,6 +73,25 @@ def test_models_are_the_base_and_its_adapters(served: Running, client: openai.Op
     assert [model.id for model in client.models.list()] == [base, "a1", "a2"]
     assert client.models.retrieve("a2").id == "a2"
     assert client.models.retrieve(base).id == base
+
+
+def test_an_adapter_by_the_bases_name_is_not_offered(
+    serve_tiny: Callable[..., Iterator[Running]],
+    tiny_directory: Path,
+    tmp_path: Path,
+    make_adapter: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tiny_directory.parent)
+    name = tiny_directory.name
+    for seed, adapter in enumerate((name, "z1")):
+        write_delta(tmp_path / f"{adapter}.safetensors", make_adapter(seed))
+    serving = contextlib.contextmanager(serve_tiny)
+    with (
+        serving(tmp_path, http_listen="127.0.0.1:0", base=name) as running,
+        openai.OpenAI(**settings(running)) as client,
+    ):
+        assert [model.id for model in client.models.list()] == [name, "z1"]
 
 
 @pytest.mark.parametrize("adapter", ["a1", "a2", ""])
@@ -196,7 +219,11 @@ def test_logprobs(served: Running, client: openai.OpenAI) -> None:
     assert found is not None
     assert found.tokens and found.token_logprobs and found.top_logprobs and found.text_offset
     assert len(found.tokens) == len(found.token_logprobs) == len(found.top_logprobs) == 12
-    assert found.text_offset == [sum(map(len, found.tokens[:n])) for n in range(12)]
+    ids = list(served.client.generate("hello", adapter="a1", sampling=GREEDY_12).token_ids)
+    decoder: Any = DecodeStream(skip_special_tokens=True)
+    tokenizer: Any = served.base.tokenizer
+    pieces = [decoder.step(tokenizer.backend_tokenizer, token) or "" for token in ids]
+    assert found.text_offset == [len("".join(pieces[:n])) for n in range(12)]
     streamed = client.completions.create(
         model="a1", prompt="hello", logprobs=2, stream=True, **GREEDY
     )
@@ -232,6 +259,19 @@ def test_vllms_fields_and_neutral_ones_pass(served: Running, client: openai.Open
         model="a1", prompt="hello", max_tokens=12, seed=5, user="someone", extra_body=extra
     )
     assert made.choices[0].text == expected.text
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"prompt": [-2]}, "prompt: expected another value .*: Input should be greater than"),
+        ({"prompt": "x", "stop": ["x"] * 17}, "stop: expected another value .* at most 16 items"),
+        ({"prompt": "x", "top_k": -2}, "top_k: expected another value: .* greater than or equal"),
+    ],
+)
+def test_it_is_said_what_a_value_should_be(more: dict[str, Any], said: str) -> None:
+    with pytest.raises(InvalidRequest, match=said):
+        bodies.read(bodies.CompletionBody, json.dumps({"model": "a1"} | more).encode())
 
 
 @pytest.mark.parametrize(
@@ -420,9 +460,48 @@ def test_request_ids_come_back(served: Running, client: openai.OpenAI) -> None:
         model="a1", prompt="x", max_tokens=2, extra_headers={"x-request-id": "mine"}
     )
     assert made.headers["x-request-id"] == "mine"
+    with raw(served, b"X-Request-Id: \xff") as response:  # no text: it gets another
+        assert response.status == 200 and len(response.headers["x-request-id"]) == 16
     assert asked.create(model="a1", prompt="x", max_tokens=2).headers["x-request-id"]
     with pytest.raises(openai.BadRequestError, match="request_id: expected at most 128"):
         asked.create(model="a1", prompt="x", extra_headers={"x-request-id": "x" * 129})
+
+
+@contextlib.contextmanager
+def raw(
+    running: Running, header: bytes, body: bytes = b'{"model": "a1", "prompt": "x"}'
+) -> Iterator[http.client.HTTPResponse]:
+    """Ask for a completion with one more header."""
+    with socket.create_connection(
+        ("127.0.0.1", running.server.http_port), timeout=60
+    ) as connection:
+        lines = [b"POST /v1/completions HTTP/1.1", b"Host: here", header]
+        if not header.startswith(b"Transfer-Encoding"):
+            lines.append(b"Content-Length: %d" % len(body))
+        connection.sendall(b"\r\n".join([*lines, b"", body]))
+        response = http.client.HTTPResponse(connection)
+        response.begin()
+        yield response
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"Authorization: Bearer SECRET\x01",
+        b"Transfer-Encoding: chunked",  # as which the body is not sent
+        b"Content-Encoding: gzip",  # as which it is not sent either
+        b"Content-Encoding: deflate",
+    ],
+)
+def test_what_is_no_http_is_refused_and_not_logged(
+    served: Running, caplog: pytest.LogCaptureFixture, header: bytes
+) -> None:
+    caplog.set_level("INFO")
+    with raw(served, header, b'{"model": "a1", "prompt": "SECRET"}') as response:
+        assert response.status == 400
+    time.sleep(0.1)  # it is logged once the connection has gone
+    assert "SECRET" not in caplog.text and "Traceback" not in caplog.text
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 def test_tenants_see_and_play_their_own(

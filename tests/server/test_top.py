@@ -1,6 +1,7 @@
 """`spieldose top`: scrapes become rates, rates a frame; a server that is gone becomes a line."""
 
 import io
+import math
 import os
 import re
 import threading
@@ -234,6 +235,7 @@ def test_a_frame_without_a_server_is_an_error() -> None:
         Scrape.of("http://127.0.0.1:9/metrics")
 
 
-def test_an_interval_has_to_be_positive() -> None:
-    with pytest.raises(ConfigError, match=r"^interval must be positive, got 0$"):
-        TopArguments(interval=0)
+@pytest.mark.parametrize("interval", [0, -1, math.nan, math.inf])
+def test_an_interval_has_to_be_positive(interval: float) -> None:
+    with pytest.raises(ConfigError, match=r"^interval: expected seconds above 0, got "):
+        TopArguments(interval=interval)

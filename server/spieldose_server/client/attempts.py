@@ -7,23 +7,32 @@ gRPC's own retries (a service config) would do the same, but with grpcio 1.85 a 
 dies before its first response, and stays away, then ends never, not even at its deadline.
 """
 
+import math
 import random
 import time
 
-from spieldose_server.client.errors import Busy, ClientError, Unavailable
+from spieldose_server.client.errors import Busy, ClientError, InvalidArgument, Unavailable
 
 RETRIES = 4
 FIRST_WAIT = 0.2  # seconds; 3 s in all for four
+LONGEST = 1e8  # seconds, three years; gRPC takes an infinite timeout for none at all
 
 
 class Attempts:
     """Count the attempts of one call, and know its deadline."""
 
     def __init__(self, retries: int, timeout: float | None) -> None:
-        """Allow so many after the first, within so many seconds from now."""
+        """Allow so many after the first, within so many seconds from now.
+
+        Raises InvalidArgument for seconds that are no number.
+        """
+        if timeout is not None and math.isnan(timeout):
+            raise InvalidArgument.of("timeout", "expected seconds, got nan")
         self._left = retries
         self._wait = FIRST_WAIT
-        self._deadline = None if timeout is None else time.monotonic() + timeout
+        self._deadline = None
+        if timeout is not None and timeout <= LONGEST:
+            self._deadline = time.monotonic() + timeout
 
     @property
     def timeout(self) -> float | None:

@@ -28,8 +28,6 @@ def call_metadata(tenant: str, token: str) -> tuple[tuple[str, str], ...]:
     """Return what calls say of who asks. Raises InvalidArgument for what no call can say."""
     for name, text in (("tenant", tenant), ("token", token)):
         if not (text.isascii() and (text.isprintable() or not text)):
-            error = InvalidArgument(f"{name}: expected printable ASCII characters alone")
-            error.field = name
-            raise error
+            raise InvalidArgument.of(name, "expected printable ASCII characters alone")
     bearer = (("authorization", f"Bearer {token}"),) if token else ()
     return ((TENANT, tenant), *bearer)

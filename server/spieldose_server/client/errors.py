@@ -16,7 +16,7 @@ SpieldoseError
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, Self
 
 import grpc
 from google.protobuf import any_pb2
@@ -39,6 +39,13 @@ class InvalidArgument(ClientError):
 
     code = grpc.StatusCode.INVALID_ARGUMENT
     field = ""  # such as sampling_params.top_p; empty if the server names none
+
+    @classmethod
+    def of(cls, field: str, problem: str) -> Self:
+        """Return the error of a field that is not even sent."""
+        error = cls(f"{field}: {problem}")
+        error.field = field
+        return error
 
 
 class Unauthenticated(ClientError):

@@ -13,7 +13,7 @@ from spieldose_server.client.attempts import RETRIES, Attempts
 from spieldose_server.client.channel import CALL_SECONDS, call_metadata, channel_options
 from spieldose_server.client.errors import CLOSED, Cancelled, ClientError, translating
 from spieldose_server.client.reply import Reply, replies
-from spieldose_server.client.requests import Prompt, generate_request, tokenize_request
+from spieldose_server.client.requests import Prompt, generate_request, message, tokenize_request
 from spieldose_server.config import DEFAULT_ADDRESS
 
 Answer = TypeVar("Answer")
@@ -137,27 +137,27 @@ class Client:
 
     def adapter(self, name: str, *, timeout: float | None = None) -> pb.Adapter:
         """Return one adapter."""
-        request = pb.GetAdapterRequest(adapter_id=name)
+        request = message(pb.GetAdapterRequest, adapter_id=name)
         return self._call(self._adapters.Get, request, pb.Adapter, timeout)
 
     def load(self, name: str, *, timeout: float | None = None) -> pb.Adapter:
         """Have the server take up NAME.safetensors now."""
-        request = pb.LoadAdapterRequest(adapter_id=name)
+        request = message(pb.LoadAdapterRequest, adapter_id=name)
         return self._call(self._adapters.Load, request, pb.Adapter, timeout)
 
     def unload(self, name: str, *, timeout: float | None = None) -> None:
         """Have the server stop serving an adapter."""
-        request = pb.UnloadAdapterRequest(adapter_id=name)
+        request = message(pb.UnloadAdapterRequest, adapter_id=name)
         self._call(self._adapters.Unload, request, pb.UnloadAdapterResponse, timeout)
 
     def pin(self, name: str, *, timeout: float | None = None) -> pb.Adapter:
         """Have the server bring an adapter to the device and keep it there."""
-        request = pb.PinAdapterRequest(adapter_id=name)
+        request = message(pb.PinAdapterRequest, adapter_id=name)
         return self._call(self._adapters.Pin, request, pb.Adapter, timeout)
 
     def unpin(self, name: str, *, timeout: float | None = None) -> pb.Adapter:
         """Let the server evict an adapter again."""
-        request = pb.UnpinAdapterRequest(adapter_id=name)
+        request = message(pb.UnpinAdapterRequest, adapter_id=name)
         return self._call(self._adapters.Unpin, request, pb.Adapter, timeout)
 
     def watch(self, *, timeout: float | None = None) -> Generator[pb.AdapterEvent, None, None]:

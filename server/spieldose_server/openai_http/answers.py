@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from spieldose_server.generation import Completed, Piece
-from spieldose_server.openai_http.token_text import TokenText
+from spieldose_server.openai_http.token_text import Offsets, TokenText
 from spieldose_server.sampling import TokenLogprob
 
 
@@ -109,7 +109,7 @@ class CompletionObjects:
 
     def __init__(self, spelling: TokenText) -> None:
         self._spelling = spelling
-        self._offsets: dict[int, int] = {}  # characters of each answer's tokens so far
+        self._offsets: dict[int, Offsets] = {}  # by answer
 
     def choice(self, choice: Choice, *, logprobs: bool) -> dict[str, Any]:
         """Return a whole answer."""
@@ -130,11 +130,10 @@ class CompletionObjects:
         found: dict[str, list[Any]] = {
             key: [] for key in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
         }
+        offsets = self._offsets.setdefault(index, self._spelling.offsets())
         for token, logprob in tokens:
-            text = self._spelling.spell(token)[0]
-            offset = self._offsets.get(index, 0)
+            text, offset = self._spelling.spell(token)[0], offsets.next(token)
             likeliest = {self._spelling.spell(t)[0]: value for t, value in logprob.likeliest}
             for key, value in zip(found, (text, logprob.logprob, likeliest, offset), strict=True):
                 found[key].append(value)
-            self._offsets[index] = offset + len(text)
         return found

@@ -2,11 +2,12 @@
 
 import secrets
 from collections.abc import Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from functools import partial
 from typing import Any
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from spieldose_kernels.base import Base
 from spieldose_server.access import CALLER
@@ -85,6 +86,7 @@ class OpenAI:
         """List the base and the adapters that the caller may play."""
         caller = CALLER.get()
         served = {v.name: v for v in self._store.list() if _served(v) and caller.may_play(v.name)}
+        served.pop(self._base, None)  # that name plays the base
         found = [self._object(name, version) for name, version in served.items()]
         if caller.base:
             found.insert(0, self._object(self._base, None))
@@ -109,7 +111,7 @@ class OpenAI:
         request: web.Request,
     ) -> web.StreamResponse:
         request_id = request[ID]
-        given = await request.read()
+        given = await _sent(request)
         carrier = {key.lower(): value for key, value in request.headers.items()}
         with self._observer.request(WIRE, request_id, carrier) as observed:
             body: Any = read(kind, given)
@@ -153,7 +155,7 @@ class OpenAI:
 @web.middleware
 async def _in_openais_terms(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Answer with an error what raises one; it names the request, too."""
-    request[ID] = request.headers.get(REQUEST_ID) or secrets.token_hex(8)
+    request[ID] = _id(request)
     try:
         return await handler(request)
     except ConnectionError:  # nobody is there any more to be told
@@ -162,6 +164,23 @@ async def _in_openais_terms(request: web.Request, handler: Handler) -> web.Strea
         answer = response(error)
         answer.headers[REQUEST_ID] = request[ID]
         return answer
+
+
+async def _sent(request: web.Request) -> bytes:
+    """Return a request's body. Raises InvalidRequest if it is not what its headers say."""
+    try:
+        return await request.read()
+    except (HttpProcessingError, web.RequestPayloadError) as error:
+        problem = f"expected a body as the headers say, got another: {type(error).__name__}"
+        raise InvalidRequest("body", problem) from None
+
+
+def _id(request: web.Request) -> str:
+    """Return what a request is called: as it says, if that is text."""
+    with suppress(UnicodeEncodeError):
+        if (given := request.headers.get(REQUEST_ID, "")).encode():
+            return given
+    return secrets.token_hex(8)
 
 
 def _served(version: Version) -> bool:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from annotated_types import MaxLen, MinLen
+from annotated_types import Ge, MaxLen, MinLen
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -139,7 +139,7 @@ class Body(Strict):
     response_format: ResponseFormat | None = None
 
     # vLLM's
-    top_k: int = 0  # -1 keeps all, too
+    top_k: Annotated[int, Ge(-1)] = 0  # -1 keeps all, too
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     min_tokens: NonNegativeInt = 0
@@ -279,8 +279,9 @@ def _is_text(value: Any) -> bool:
 
 
 def _first(invalid: ValidationError) -> InvalidRequest:
-    """Return what is wrong with a body in one line."""
-    found = invalid.errors(include_url=False, include_context=False)[0]
+    """Return what is wrong with a body in one line; rather a value than that it is of no type."""
+    errors = invalid.errors(include_url=False, include_context=False)
+    found = next((each for each in errors if not each["type"].endswith("_type")), errors[0])
     field = str(found["loc"][0]) if found["loc"] else "body"
     inner = ".".join(map(str, found["loc"][1:]))
     where = f" at {inner}" if inner else ""

@@ -4,6 +4,7 @@ import asyncio
 import logging
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from spieldose_server.config import ServerConfig
 from spieldose_server.errors import ConfigError
@@ -11,6 +12,18 @@ from spieldose_server.openai_http.app import OpenAI
 from spieldose_server.tls import Certificates
 
 log = logging.getLogger(__name__)
+requests_log = logging.getLogger(f"{__name__}.requests")  # aiohttp's
+
+
+@requests_log.addFilter
+def without_content(record: logging.LogRecord) -> bool:
+    """Leave out what was sent, which may hold a token or a prompt, where it was no HTTP."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, HttpProcessingError | web.RequestPayloadError):
+        record.msg, record.args = f"not HTTP: {type(error).__name__}", ()
+        record.exc_info = None
+        record.levelno, record.levelname = logging.INFO, "INFO"
+    return True
 
 
 class Listener:
@@ -25,6 +38,7 @@ class Listener:
         self._runner = web.AppRunner(
             openai.app(config.max_message_bytes),
             access_log=None,
+            logger=requests_log,
             handler_cancellation=True,  # whoever goes away gives up its place at once
             # aiohttp (3.14) waits so long twice, and without end for 0
             shutdown_timeout=max(config.drain_seconds / 2, 0.01),
