@@ -15,7 +15,7 @@ from spieldose_kernels.delta_file import read_delta
 from spieldose_trainer import loop
 from spieldose_trainer.config import TrainConfig
 from spieldose_trainer.errors import Interrupted
-from spieldose_trainer.evaluation import Evaluation
+from spieldose_trainer.evaluation import Measured
 from spieldose_trainer.trainer import Result, Trainer
 
 
@@ -48,7 +48,7 @@ def interrupt(config: TrainConfig, *, update: int, base: Any = None) -> None:
 
 def evaluated_as(monkeypatch: pytest.MonkeyPatch, *losses: float) -> None:
     """Let a run's evaluations find these losses."""
-    looks = iter([Evaluation(loss=loss, tokens=1, exact_match=None) for loss in losses])
+    looks = iter([Measured(loss=loss, tokens=1, exact_match=None) for loss in losses])
     monkeypatch.setattr(loop, "evaluate", lambda *_, **__: next(looks))
 
 

@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from spieldose_kernels.base import Base, load_base
 from spieldose_kernels.linear import TrainableDelta
 from spieldose_trainer.data import Example, collate, tokenise
-from spieldose_trainer.evaluation import Evaluation, evaluate, evaluating
+from spieldose_trainer.evaluation import Measured, evaluate, evaluating
 from spieldose_trainer.model import SparseModel
 from spieldose_trainer.selectors.first_support import random_support
 
@@ -242,7 +242,7 @@ def measure(
     pad: int | None = None,
     batch_size: int = 4,
     exact_match: bool = True,
-) -> Evaluation:
+) -> Measured:
     return evaluate(
         base.model,
         examples,

@@ -80,7 +80,7 @@ def test_principal_scores_are_those_of_the_truncated_svd(rank: int) -> None:
 def test_fisher_scores_are_the_mean_of_squared_dense_gradients(
     configure: Configure, tiny_base: Base, monkeypatch: pytest.MonkeyPatch, budget: int
 ) -> None:
-    monkeypatch.setattr("spieldose_trainer.parts.FISHER_BUDGET", budget)
+    monkeypatch.setattr("spieldose_trainer.parts.BUDGET", budget)
     config = configure(method="fisher", quantised=False, allocation="global")
     trainer = Trainer(config)
     expected = dense_fisher(trainer)

@@ -18,7 +18,7 @@ SPARE = 4  # tokens read beyond an answer's length: a reply may go on after a sp
 
 
 @dataclass(frozen=True, slots=True)
-class Evaluation:
+class Measured:
     """Hold what was measured on held-out examples."""
 
     loss: float  # mean over all tokens that count
@@ -34,7 +34,7 @@ def evaluate(
     pad: int,
     batch_size: int,
     exact_match: bool,
-) -> Evaluation:
+) -> Measured:
     """Measure the loss and, if asked to, how many completions greedy decoding reproduces.
 
     A reply matches if its text up to its end is the completion's, whitespace around them aside; of
@@ -51,7 +51,7 @@ def evaluate(
             tokens += count
             if exact_match:
                 matches += _matches(model, batch, tokenizer=tokenizer, pad=pad)
-    return Evaluation(loss / tokens, tokens, matches / len(ordered) if exact_match else None)
+    return Measured(loss / tokens, tokens, matches / len(ordered) if exact_match else None)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from spieldose_kernels.delta import Adapter
 from spieldose_kernels.linear import TrainableDelta
 from spieldose_trainer.config import TrainConfig
 from spieldose_trainer.data import Example, collate
+from spieldose_trainer.groups import BUDGET
 from spieldose_trainer.model import SparseModel
 from spieldose_trainer.ranks import mean_over_ranks
 from spieldose_trainer.selectors import scores
@@ -30,8 +31,6 @@ from spieldose_trainer.updaters.compressed_adam import CompressedAdam
 from spieldose_trainer.updaters.sm3 import SM3
 from spieldose_trainer.updaters.updater import Updater
 from spieldose_trainer.updaters.zeroth_order import ZerothOrder
-
-FISHER_BUDGET = 1 << 28  # squared gradients held at once: 1 GiB
 
 
 def first_support(
@@ -162,5 +161,5 @@ def _fisher(model: SparseModel, texts: Sequence[Example]) -> Iterator[tuple[str,
         return value
 
     losses = [partial(loss, text) for text in texts]
-    for name, score in scores.fisher(model.layers, losses, budget=FISHER_BUDGET):
+    for name, score in scores.fisher(model.layers, losses, budget=BUDGET):
         yield name, mean_over_ranks(score)  # equal, but for sums in another order on a GPU

@@ -12,10 +12,10 @@ from spieldose_kernels.checkpoint import find_checkpoint, target_shapes
 from spieldose_kernels.delta import Adapter
 from spieldose_trainer.config import Choice, TrainConfig
 from spieldose_trainer.files import check_files
+from spieldose_trainer.groups import BUDGET
 from spieldose_trainer.limits import Limits
 from spieldose_trainer.memory import tensor_bytes
 from spieldose_trainer.modules import select_modules
-from spieldose_trainer.parts import FISHER_BUDGET
 from spieldose_trainer.plan import KindPlan, Plan
 from spieldose_trainer.process_memory import resident
 from spieldose_trainer.rehearsal import BlankDelta, rehearse
@@ -151,7 +151,7 @@ def _selection_bytes(config: TrainConfig, height: int, width: int, count: int) -
 
 def _fisher_bytes(config: TrainConfig, base: PretrainedConfig, sizes: Sizes) -> int:
     """Return what Fisher scores take: squared gradients, and a pass over one sample at a time."""
-    squares = 4 * min(FISHER_BUDGET, sum(height * width for height, width, _ in sizes.values()))
+    squares = 4 * min(BUDGET, sum(height * width for height, width, _ in sizes.values()))
     return squares + (_pass_bytes(config, base, sizes, batch_size=1, backward=True) or 0)
 
 

@@ -91,7 +91,7 @@ def transpose_support(
     """Return Δᵀ's row_starts [C + 1] int32 and columns [Z] int32, and its entries' places in Δ.
 
     Δᵀ·dy is `product(dy, values[places], row_starts=..., columns=...)`. To add into dx instead
-    would take atomics in every step; a support is turned around once for as long as it stays.
+    would take atomics; what it costs to turn a support around, backward pays each time.
     """
     ordered, places = torch.sort(columns, stable=True)
     entries = torch.arange(columns.numel(), dtype=torch.int32, device=columns.device)

@@ -8,8 +8,7 @@ from torch import nn
 from spieldose_kernels.base import Base
 from spieldose_trainer.data import Example, collate
 from spieldose_trainer.evaluation import evaluating
-
-BUDGET = 1 << 28  # numbers of Gram matrices held at once: 1 GiB
+from spieldose_trainer.groups import BUDGET, groups
 
 
 def input_grams(
@@ -20,13 +19,8 @@ def input_grams(
     As many are summed at once as `budget` numbers allow, one at least; more layers take another
     round over the examples.
     """
-    rest = list(names)
-    while rest:
-        group: list[str] = []
-        size = 0
-        while rest and (not group or size + base.layers[rest[0]].in_features ** 2 <= budget):
-            group.append(rest.pop(0))
-            size += base.layers[group[-1]].in_features ** 2
+    sizes = {name: base.layers[name].in_features ** 2 for name in names}
+    for group in groups(sizes, budget=budget):
         grams = _sums({name: base.layers[name] for name in group}, base, examples)
         for name in group:
             yield name, grams.pop(name)

@@ -6,6 +6,7 @@ import torch
 
 from spieldose_kernels.linear import TrainableDelta
 from spieldose_kernels.support_product import gradient_tiles
+from spieldose_trainer.groups import groups
 
 Loss = Callable[[], torch.Tensor]  # of one sample; every call makes a new graph
 
@@ -40,13 +41,8 @@ def fisher(
     more layers take another round over the samples. Adapters' values must be differentiable, the
     layers' own weights need no gradient (arXiv 2406.02913).
     """
-    rest = list(layers)
-    while rest:
-        group: list[str] = []
-        size = 0
-        while rest and (not group or size + _size(layers[rest[0]]) <= budget):
-            group.append(rest.pop(0))
-            size += _size(layers[group[-1]])
+    sizes = {name: _size(layer) for name, layer in layers.items()}
+    for group in groups(sizes, budget=budget):
         sums = {name: _Squares(layers[name]) for name in group}
         for loss in losses:
             loss().backward()
