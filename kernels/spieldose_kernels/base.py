@@ -91,7 +91,8 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
     except Exception as error:  # tokenizers raises no narrower type
-        raise BaseError(f"expected a tokenizer at {directory}, got: {first_line(error)}") from error
+        said = " ".join(str(error).split())  # a list, a line each
+        raise BaseError(f"expected a tokenizer at {directory}, got: {said}") from error
     return tokenizer
 
 

@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 import tyro
 from tyro import _errors as wrong  # tyro's hook for other words than its boxes: exactly pinned
@@ -22,6 +22,7 @@ def parse(kind: Callable[..., T], arguments: Sequence[str], *, prog: str) -> T:
     Exits with status 2 and one line on stderr if the command line is wrong.
     """
     options = [f"--{name.replace('_', '-')}" for name in inspect.signature(kind).parameters]
+    _check_lists(kind, arguments, prog)
     with _in_one_line(options):
         return tyro.cli(kind, prog=prog, args=arguments)
 
@@ -32,6 +33,19 @@ def run_subcommand(
     """Run the function that a command line names first; exits as `parse` does."""
     with _in_one_line(commands):
         tyro.extras.subcommand_cli_from_dict(dict(commands), prog=prog, args=arguments)
+
+
+def _check_lists(kind: Callable[..., object], arguments: Sequence[str], prog: str) -> None:
+    """Refuse an option of several values that is given twice: the last would count alone."""
+    given = [word.partition("=")[0].replace("_", "-") for word in arguments]
+    for name, hint in get_type_hints(kind).items():
+        option = f"--{name.replace('_', '-')}"
+        if get_origin(hint) is tuple and given.count(option) > 1:
+            print(
+                f"{prog}: expected {option} once, with all its values, got it again",
+                file=sys.stderr,
+            )
+            sys.exit(2)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

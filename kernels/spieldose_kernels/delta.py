@@ -80,7 +80,7 @@ def index_dtype(count: int) -> torch.dtype:
 class AdapterInfo:
     """Say where an adapter comes from; travels in the delta file's metadata."""
 
-    base_model: str  # the base's name or directory when the adapter was trained; for people
+    base_model: str  # the base's hub name, or its directory's last part; for people
     base_fingerprint: str  # what decides whether a base may play it
     method: str  # e.g. spiel-ag
     density: float  # entries over weights of the target layers

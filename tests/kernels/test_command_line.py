@@ -47,6 +47,10 @@ def test_a_right_command_line_is_taken() -> None:
         ("--base b --steps=1.5", "x: expected --steps INT, got '1.5'"),
         ("--base b --rate high", "x: expected --rate {None}|FLOAT, got 'high'"),
         ("--base b --betas 0.9 high", "x: expected --betas FLOAT FLOAT, got 'high'"),
+        (
+            "--base b --betas 0.9 0.9 --betas=0.5 0.5",
+            "x: expected --betas once, with all its values, got it again",
+        ),
         ("--base b --betas 0.9", "x: expected --betas FLOAT FLOAT, got no value"),
         ("--base b --steps", "x: expected --steps INT, got no value"),
         (

@@ -373,8 +373,8 @@ def test_a_file_in_another_encoding_is_refused_by_name(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     path = tmp_path / "latin.jsonl"
-    path.write_bytes('{"prompt": "ä", "completion": "b"}'.encode("latin-1"))
-    with pytest.raises(DataError, match=r"latin.jsonl: expected a readable UTF-8 JSONL file"):
+    path.write_bytes('\n{"prompt": "ä", "completion": "b"}'.encode("latin-1"))
+    with pytest.raises(DataError, match=r"latin.jsonl:2: expected UTF-8, got invalid"):
         read_examples(path, tokenizer, max_length=10)
 
 

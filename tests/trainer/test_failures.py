@@ -9,6 +9,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer, TrainerCallback
 
+from spieldose_kernels.delta_file import read_delta, write_delta
 from spieldose_kernels.errors import BaseError, SpieldoseError
 from spieldose_trainer import command_line, trainer
 from spieldose_trainer.checkpoints import newest_checkpoint
 from spieldose_trainer.errors import CheckpointError, ConfigError, DataError, NonFiniteLoss
+from spieldose_trainer.planning import make_plan
 from spieldose_trainer.trainer import Result, Trainer
 
 from .configuration import Configure, configuration
@@ -165,8 +168,21 @@ def test_nothing_whole_is_nothing_to_resume_from(
     shutil.copytree(two_checkpoints, config.checkpoints)
     for checkpoint in config.checkpoints.iterdir():
         cut_short(checkpoint / "run.pt", None)
+    said = "got checkpoint-3 without a whole run.pt, checkpoint-6 without a whole run.pt"
+    with pytest.raises(ConfigError, match=f"expected a checkpoint in .* to resume from, {said}"):
+        Trainer(config)
+    shutil.rmtree(config.checkpoints)
     with pytest.raises(ConfigError, match=r"expected a checkpoint in .* to resume from, got none"):
         Trainer(config)
+
+
+@pytest.mark.parametrize("digests", ["{}", "[]", "7", '{"run.pt": 7}'])
+def test_digests_that_are_none_make_no_checkpoint_whole(
+    two_checkpoints: Path, tmp_path: Path, digests: str
+) -> None:
+    shutil.copytree(two_checkpoints, tmp_path / "both")
+    (tmp_path / "both" / "checkpoint-6" / "sha256.json").write_text(digests)
+    assert newest_checkpoint(tmp_path / "both") == tmp_path / "both" / "checkpoint-3"
 
 
 def test_a_run_killed_while_it_writes_a_checkpoint_goes_on_from_the_one_before(
@@ -280,6 +296,28 @@ def test_best_deltas_that_are_gone_are_not_passed_over_in_silence(
     assert said.startswith(f"{config.best}: expected the deltas of update 5, whose held-out loss ")
     assert "\n" not in said
     assert not config.out.exists()
+
+
+@pytest.mark.parametrize("left", ["none", "another"])
+def test_a_resumed_run_has_the_best_deltas_of_its_checkpoint(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, left: str
+) -> None:
+    losses = 3.0, 1.0, 2.0, 2.5, 2.6, 2.7  # before the first update, after every second
+    settings: dict[str, Any] = {"eval_data": configure().data, "eval_every": 2}
+    evaluated_as(monkeypatch, *losses)
+    whole = run(configure(**settings, out=tmp_path / "whole.safetensors"))
+    evaluated_as(monkeypatch, *losses[:3])
+    config = configure(**settings)
+    interrupt(config, update=5)
+    if left == "none":
+        config.best.unlink()
+    else:  # of an update after the checkpoint, which now comes out otherwise
+        other = read_delta(config.best.read_bytes())
+        for delta in other.modules.values():
+            delta.values.mul_(2.0)
+        write_delta(config.best, other)
+    evaluated_as(monkeypatch, *losses[3:])
+    assert_same_run(whole, run(replace(config, resume=True)))
 
 
 def test_best_deltas_that_are_the_last_need_no_file(
@@ -447,7 +485,7 @@ def test_modules_that_match_nothing_are_refused_before_the_base_is_loaded(
     configure: Configure,
 ) -> None:
     with pytest.raises(
-        ConfigError, match=r"^modules: expected ends of .* as q_proj.*, got w_proj$"
+        ConfigError, match=r"^modules: expected ends of .* as q_proj.*, got 'w_proj'$"
     ):
         Trainer(configure(modules=("q_proj", "w_proj")))
 
@@ -527,15 +565,45 @@ def test_the_command_says_how_many_examples_were_too_long(
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("density", "0"), ("density", "1.01"), ("epochs", "inf"), ("rank", "0")]
+    ("option", "value"),
+    [
+        ("density", "0"),
+        ("density", "1.01"),
+        ("epochs", "inf"),
+        ("rank", "0"),
+        ("epsilon", "1.5"),
+        ("clip", "1e+31"),
+        ("weight_decay", "10000000.0"),
+    ],
 )
 def test_a_setting_out_of_range_is_refused_with_its_name(
     configure: Configure, option: str, value: str
 ) -> None:
     config = configure()
-    words = f"--base {config.base} --data {config.data} --out {config.out} --{option} {value}"
-    with pytest.raises(SpieldoseError, match=rf"^{option} must be .*, got {float(value):g}"):
+    flag = option.replace("_", "-")
+    words = f"--base {config.base} --data {config.data} --out {config.out} --{flag} {value}"
+    with pytest.raises(SpieldoseError, match=rf"^{option} must be .*, got {re.escape(value)}"):
         command_line.train(words.split())
+
+
+@pytest.mark.parametrize("field", ["base", "data", "over", "eval_data", "chat_template"])
+@pytest.mark.usefixtures("not_loaded")
+def test_what_a_run_reads_is_not_written_over(
+    configure: Configure, tiny_directory: Path, tmp_path: Path, field: str
+) -> None:
+    read = tmp_path / "read.safetensors"
+    read.write_text("what is there")
+    taken: Any = read
+    if field == "base":
+        taken = shutil.copytree(tiny_directory, tmp_path / "base")
+        read = taken / "model.safetensors"
+    before = read.read_bytes()
+    (tmp_path / "link.safetensors").symlink_to(read)
+    for out in (read, tmp_path / "link.safetensors"):
+        for refuse in (Trainer, make_plan):
+            with pytest.raises(ConfigError, match=f"^out: expected another file than .* {field}"):
+                refuse(configure(**{field: taken}, out=out))
+    assert read.read_bytes() == before
 
 
 def cut_short(path: Path, left: float | None) -> None:

@@ -11,7 +11,7 @@ import torch
 from spieldose_kernels.base import Base
 from spieldose_kernels.delta import Adapter
 from spieldose_kernels.delta_file import read_delta, write_delta
-from spieldose_kernels.errors import BaseMismatch, NotADelta
+from spieldose_kernels.errors import BaseMismatch, ModuleMismatch, NotADelta
 from spieldose_kernels.linear import FrozenDelta
 from spieldose_trainer import trainer
 from spieldose_trainer.errors import ConfigError
@@ -150,6 +150,7 @@ def test_sums_are_rounded_once(configure: Configure, beneath: Path, tmp_path: Pa
 def test_a_wrong_file_is_refused_before_the_base_is_loaded(
     configure: Configure,
     beneath: Path,
+    tiny_base: Base,
     make_adapter: MakeAdapter,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -159,6 +160,12 @@ def test_a_wrong_file_is_refused_before_the_base_is_loaded(
     write_delta(beneath, Adapter(foreign, adapter.modules))
     with pytest.raises(BaseMismatch, match=rf"^{beneath}: expected "):
         Trainer(configure(over=beneath))
+    strange = replace(adapter.info, base_fingerprint=tiny_base.spec.fingerprint)
+    modules = {f"{name}.other": delta for name, delta in adapter.modules.items()}
+    write_delta(beneath, Adapter(strange, modules))
+    for refuse in (Trainer, make_plan):
+        with pytest.raises(ModuleMismatch, match=rf"^{beneath}: "):
+            refuse(configure(over=beneath))
     beneath.unlink()
     for refuse in (Trainer, make_plan):
         with pytest.raises(NotADelta, match=r"^expected a readable delta file, got: .*beneath"):

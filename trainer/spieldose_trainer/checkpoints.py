@@ -13,6 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 DELTA: Final = "delta.safetensors"  # beside what Hugging Face's Trainer writes
 RUN_STATE: Final = "run.pt"
 DIGESTS: Final = "sha256.json"  # of the files in a checkpoint, by name; written last
+BEST: Final = "best.safetensors"  # the deltas whose held-out loss was lowest so far, if any
 PROCESSES: Final = "processes"  # a setting of the delta's, beside those of the run's own
 
 
@@ -21,8 +22,19 @@ def newest_checkpoint(directory: Path) -> Path | None:
 
     Others were cut short by a crash or a full disk, or damaged since.
     """
-    whole = filter(_is_whole, directory.glob("checkpoint-*"))
+    whole = (path for path in directory.glob("checkpoint-*") if damage(path) is None)
     return max(whole, key=_update, default=None)
+
+
+def damage(checkpoint: Path) -> str | None:
+    """Name a file that a checkpoint lacks, or that is not as it was written; None: it is whole."""
+    try:
+        digests = json.loads((checkpoint / DIGESTS).read_text())
+    except (OSError, ValueError):
+        return DIGESTS
+    if not (isinstance(digests, dict) and {DELTA, RUN_STATE, TRAINER_STATE_NAME} <= digests.keys()):
+        return DIGESTS
+    return next((name for name in digests if not _is_as(checkpoint / name, digests[name])), None)
 
 
 def seal(checkpoint: Path) -> None:
@@ -40,11 +52,19 @@ def keep_only(checkpoint: Path) -> None:
             shutil.rmtree(other, ignore_errors=True)
 
 
-def _is_whole(checkpoint: Path) -> bool:
+def link(file: Path, other: Path) -> None:
+    """Give a file a second name, or a copy where file systems have no links."""
+    other.unlink(missing_ok=True)
     try:
-        digests = json.loads((checkpoint / DIGESTS).read_text())
-        return all(_digest(checkpoint / name) == digest for name, digest in digests.items())
-    except (OSError, ValueError):
+        os.link(file, other)
+    except OSError:
+        shutil.copyfile(file, other)
+
+
+def _is_as(file: Path, digest: str) -> bool:
+    try:
+        return _digest(file) == digest
+    except OSError:
         return False
 
 

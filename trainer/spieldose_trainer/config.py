@@ -18,6 +18,7 @@ from spieldose_trainer.methods import (
     check_pair,
 )
 from spieldose_trainer.setting_types import check_types
+from spieldose_trainer.shared_name import shared_name
 from spieldose_trainer.text import check_line, check_text
 from spieldose_trainer.updaters.compression import Compression
 
@@ -222,9 +223,7 @@ class TrainConfig:
         """Return `settings` for a delta file, which travels: of paths the last part alone."""
         own = {field.name: getattr(self, field.name) for field in fields(self)}
         paths = {name: value.name for name, value in own.items() if isinstance(value, Path)}
-        if Path(self.base).is_dir():
-            paths["base"] = Path(self.base).resolve().name
-        return self.settings() | paths
+        return self.settings() | paths | {"base": shared_name(self.base)}
 
 
 _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
@@ -238,7 +237,8 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         f"between 1 and {LARGEST}",
     ),
     ("epochs", lambda x: 0 < x <= 1e6, "positive and at most a million"),
-    ("epsilon clip", lambda x: 0 < x < float("inf"), "positive and finite"),
-    ("weight_decay", lambda x: 0 <= x < float("inf"), "0 or more, and finite"),
+    ("epsilon", lambda x: 0 < x <= 1, "above 0 and at most 1"),
+    ("clip", lambda x: 0 < x <= 1e30, "above 0 and at most 1e30"),
+    ("weight_decay", lambda x: 0 <= x <= 1e6, "between 0 and a million"),
     ("seed", lambda x: 0 <= x < 1 << 32, "between 0 and 4294967295"),  # NumPy's
 )

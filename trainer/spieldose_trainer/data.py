@@ -197,7 +197,10 @@ def read_text(path: Path) -> str:
     """Return what a file of data holds. Raises DataError."""
     try:
         return path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise DataError(f"{path}:{line}: expected UTF-8, got {error.reason}") from error
+    except OSError as error:
         raise DataError(f"{path}: expected a readable UTF-8 JSONL file, got {error}") from error
 
 

@@ -1,7 +1,7 @@
 """The files of a run as its settings name them: which it reads, and where it will write."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def check_files(config: TrainConfig) -> Adapter | None:
 
     Raises ConfigError, DataError or DeltaError for files that cannot be read or written.
     """
-    check_out(config.out)
+    check_out(config.out, reads=inputs(config))
     read_template(config.chat_template)
     for path in (config.data, config.eval_data, config.fisher_data):
         if path is not None:
@@ -29,11 +29,29 @@ def check_files(config: TrainConfig) -> Adapter | None:
     return None if config.over is None else delta_path.read(config.over)
 
 
-def check_out(out: Path) -> None:
-    """Raise ConfigError for an `out` that cannot be a file's name, or where none can be made."""
+def inputs(config: TrainConfig) -> dict[str, Path | str | None]:
+    """Return what a run reads, by setting."""
+    return {
+        "base": config.base,
+        "data": config.data,
+        "over": config.over,
+        "eval_data": config.eval_data,
+        "fisher_data": config.fisher_data,
+        "chat_template": config.chat_template,
+    }
+
+
+def check_out(out: Path, *, reads: Mapping[str, Path | str | None]) -> None:
+    """Raise ConfigError for an `out` that cannot be a file's name, or where none can be made.
+
+    Nor may it be one of the files that are read, or one in a directory that is.
+    """
     with _writing():
         if out.is_dir():
             raise ConfigError(f"out: expected a file to write, got the directory {out}")
+        for name, path in reads.items():
+            if path is not None and out.exists() and _holds(Path(path), out):
+                raise ConfigError(f"out: expected another file than those of {name}, got {out}")
         temporary_beside(out).exists()  # its name is the longest
         above = next(path for path in out.absolute().parents if path.exists())
         if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
@@ -63,6 +81,11 @@ def read_template(path: Path | None) -> str:
             f"{path}: expected a chat template that compiles, got: {error}"
         ) from error
     return template
+
+
+def _holds(path: Path, file: Path) -> bool:
+    """Say whether a file is there at a path, or directly in its directory."""
+    return path.exists() and (path.samefile(file) or path.samefile(file.resolve().parent))
 
 
 @contextmanager

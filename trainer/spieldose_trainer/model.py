@@ -10,6 +10,7 @@ from spieldose_kernels.base import Base
 from spieldose_kernels.delta import Adapter, AdapterInfo, SparseDelta, index_dtype
 from spieldose_kernels.linear import FrozenDelta, TrainableDelta, attach
 from spieldose_trainer.counted_logits import counted_only
+from spieldose_trainer.shared_name import shared_name
 
 
 class SparseModel(nn.Module):
@@ -97,7 +98,7 @@ class SparseModel(nn.Module):
             values = layer.values.detach().cpu()
             modules[name] = SparseDelta(layer.row_starts.cpu(), columns, values, layer.width)
         info = AdapterInfo(
-            base_model=self.base.spec.name,
+            base_model=shared_name(self.base.spec.name),
             base_fingerprint=self.base.spec.fingerprint,
             method=method,
             density=self.density,

@@ -17,7 +17,7 @@ def select_modules(
     for end in wanted:
         if not any(_ends(name, end) for name in shapes):
             kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in shapes))
-            raise ConfigError(f"modules: expected ends of layers' names, as {kinds}, got {end}")
+            raise ConfigError(f"modules: expected ends of layers' names, as {kinds}, got {end!r}")
     return {n: shape for n, shape in shapes.items() if any(_ends(n, end) for end in wanted)}
 
 

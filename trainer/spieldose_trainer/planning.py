@@ -8,8 +8,10 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from spieldose_kernels.base import pick_compute_dtype, pick_device
+from spieldose_kernels.base_spec import BaseSpec
 from spieldose_kernels.checkpoint import find_checkpoint, target_shapes
 from spieldose_kernels.delta import Adapter
+from spieldose_trainer import delta_path
 from spieldose_trainer.config import Choice, TrainConfig
 from spieldose_trainer.files import check_files
 from spieldose_trainer.groups import BUDGET
@@ -38,7 +40,9 @@ CPU_RETENTION = 1.4
 
 
 def make_plan(config: TrainConfig) -> Plan:
-    """Plan a run; reads the base's configuration only. Raises BaseError, ConfigError or DataError.
+    """Plan a run; reads the base's configuration only.
+
+    Raises BaseError, ConfigError, DataError or DeltaError.
 
     Every example is taken to have `max_length` tokens that all count, or as many as the base has
     positions, which bounds what the data can take; every layer to have the same density. What a
@@ -47,6 +51,8 @@ def make_plan(config: TrainConfig) -> Plan:
     over = check_files(config)
     choice, directory = config.choice, find_checkpoint(config.base, weights=False)
     shapes = target_shapes(directory)
+    if config.over is not None and over is not None:  # the base's weights may not be here
+        delta_path.read(config.over, BaseSpec(config.base, over.info.base_fingerprint, shapes))
     sizes = {
         name: (*shape, _count(choice, *shape))
         for name, shape in select_modules(shapes, config.modules).items()

@@ -13,8 +13,8 @@ def is_text(words: str) -> bool:
 
 
 def check_text(name: str, words: str) -> None:
-    """Raise ConfigError for a setting that UTF-8 cannot hold."""
-    if not is_text(words):
+    """Raise ConfigError for a setting that no file could keep, or be called."""
+    if not is_text(words) or "\0" in words:
         raise ConfigError(f"{name} must be Unicode text, got {words}")
 
 

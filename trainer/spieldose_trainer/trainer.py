@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,12 +19,12 @@ from spieldose_kernels.delta import Adapter
 from spieldose_kernels.delta_file import read_delta, write_delta
 from spieldose_trainer.batches import Rows, collate_counted
 from spieldose_trainer.callbacks import Evaluating, Progress, Recorder, StopOnInterrupt
-from spieldose_trainer.checkpoints import DELTA, PROCESSES, newest_checkpoint
+from spieldose_trainer.checkpoints import DELTA, PROCESSES, damage, link, newest_checkpoint
 from spieldose_trainer.config import TrainConfig
 from spieldose_trainer.data import Examples, collate, read_examples
 from spieldose_trainer.errors import CheckpointError, ConfigError, Interrupted
 from spieldose_trainer.event_file import EventFile
-from spieldose_trainer.files import check_out, make_folders, read_template
+from spieldose_trainer.files import check_out, inputs, make_folders, read_template
 from spieldose_trainer.limits import Limits
 from spieldose_trainer.loop import Loop, training_arguments
 from spieldose_trainer.memory import MemoryTable, peak_bytes
@@ -63,7 +62,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, *, base: Base | None = None) -> None:
         self.config = config
-        check_out(config.out)
+        check_out(config.out, reads=inputs(config))
         self._checkpoint = _checkpoint_to_resume(config)
         directory = find_checkpoint(config.base)
         every_shape = target_shapes(directory)
@@ -164,7 +163,7 @@ class Trainer:
     def _report(self, adapter: Adapter) -> None:
         """Put the delta file and the run's report into the run's folder."""
         config, recorder = self.config, self._loop.recorder
-        _link(config.out, config.folder / config.out.name)
+        link(config.out, config.folder / config.out.name)
         if recorder.memory is None:  # not trained
             return
         peak = max(recorder.memory.peak, peak_bytes(self.base.model.device))
@@ -261,7 +260,11 @@ def _read(
 def _checkpoint_to_resume(config: TrainConfig) -> Path | None:
     found = newest_checkpoint(config.checkpoints)
     if config.resume and found is None:
-        raise ConfigError(f"expected a checkpoint in {config.checkpoints} to resume from, got none")
+        spoilt = sorted(config.checkpoints.glob("checkpoint-*"))
+        got = [f"{path.name} without a whole {damage(path)}" for path in spoilt] or ["none"]
+        raise ConfigError(
+            f"expected a checkpoint in {config.checkpoints} to resume from, got {', '.join(got)}"
+        )
     if found is not None and not config.resume:
         raise ConfigError(f"{found} holds an unfinished run: pass --resume, or delete it")
     return found
@@ -275,15 +278,6 @@ def _check_same_run(checkpoint: Path, settings: Mapping[str, str]) -> None:
             raise ConfigError(
                 f"{name}: expected {saved.get(name)} as in the run to resume, got {value}"
             )
-
-
-def _link(file: Path, link: Path) -> None:
-    """Give a file a second name, or a copy where file systems have no links."""
-    link.unlink(missing_ok=True)
-    try:
-        os.link(file, link)
-    except OSError:
-        shutil.copyfile(file, link)
 
 
 def _digest(file: Path) -> str:

@@ -1,6 +1,7 @@
 """The largest changes of a full fine-tune become a delta, and what is left behind is said."""
 
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -307,6 +308,18 @@ def test_a_place_that_cannot_be_written_is_refused_first(
         tuned.with_name("d.safetensors").mkdir(exist_ok=True)
         with pytest.raises(ConfigError, match=r"^out: expected a "):
             extract(f"--base {tiny_directory} --finetuned {tuned} --out {out}".split())
+
+
+@pytest.mark.parametrize("model", ["base", "finetuned"])
+def test_neither_model_is_written_over(
+    tiny_directory: Path, tuned: Path, tmp_path: Path, model: str
+) -> None:
+    base = shutil.copytree(tiny_directory, tmp_path / "base")
+    out = {"base": base, "finetuned": tuned}[model] / "model.safetensors"
+    before = out.read_bytes()
+    with pytest.raises(ConfigError, match=f"^out: expected another file than those of {model}"):
+        extract(["--base", str(base), "--finetuned", str(tuned), "--out", str(out)])
+    assert out.read_bytes() == before
 
 
 def test_a_fine_tune_without_safetensors_is_refused(tiny_directory: Path, tmp_path: Path) -> None:

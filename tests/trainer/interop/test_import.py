@@ -9,6 +9,7 @@ import torch
 from spieldose_kernels.base import Base
 from spieldose_kernels.delta import Adapter
 from spieldose_kernels.delta_file import read_delta
+from spieldose_trainer.errors import ConfigError
 from spieldose_trainer.interop.command_line import convert
 
 from .adapters import (
@@ -47,6 +48,15 @@ def converted(source: Path, base: Path, *more: str) -> Adapter:
     out = source.with_name("adapter.safetensors")
     convert([str(source), str(out), "--base", str(base), *more])
     return read_delta(out.read_bytes())
+
+
+def test_an_adapter_of_pefts_is_not_written_over(tiny_directory: Path, tmp_path: Path) -> None:
+    source = saved(peft_model(tiny_directory, CONFIGS["shira"]), tmp_path / "peft")
+    out = source / "adapter_model.safetensors"
+    before = out.read_bytes()
+    with pytest.raises(ConfigError, match=r"^out: expected another file than those of source"):
+        convert([str(source), str(out), "--base", str(tiny_directory)])
+    assert out.read_bytes() == before
 
 
 @each_method

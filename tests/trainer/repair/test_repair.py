@@ -125,8 +125,8 @@ def test_the_command_prints_what_was_mended(
     ("change", "said"),
     [
         ({"density": 0.0}, "^density must be above 0 and at most 1, got 0.0$"),
-        ({"samples": 0}, "^samples must be at least 1, got 0$"),
-        ({"max_length": 0}, "^max_length must be at least 1, got 0$"),
+        ({"samples": 0}, "^samples must be between 1 and 2147483647, got 0$"),
+        ({"max_length": 0}, "^max_length must be between 1 and 2147483647, got 0$"),
         ({"out": Path("repair.bin")}, r"^out must end in \.safetensors, got repair\.bin$"),
         ({"description": "a\nb"}, "^description "),
     ],
@@ -157,6 +157,17 @@ def test_wrong_input_is_refused_before_the_base_is_loaded(
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"^out: expected a place to write to, got "):
         repair(configure(out=tmp_path / "file" / "below.safetensors"))
+
+
+def test_the_base_is_not_written_over(
+    configure: Configure, tiny_directory: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_directory, tmp_path / "base")
+    out = base / "model.safetensors"
+    before = out.read_bytes()
+    with pytest.raises(ConfigError, match=r"^out: expected another file than those of base"):
+        repair(configure(base=str(base), out=out))
+    assert out.read_bytes() == before
 
 
 def test_a_layer_that_text_does_not_reach_is_left_as_it_is(

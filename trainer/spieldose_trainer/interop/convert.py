@@ -9,11 +9,12 @@ from spieldose_kernels.checkpoint import checkpoint_spec
 from spieldose_kernels.delta import Adapter, AdapterInfo, SparseDelta
 from spieldose_trainer import delta_path
 from spieldose_trainer.errors import ConversionError
-from spieldose_trainer.files import read_template
+from spieldose_trainer.files import check_out, read_template
 from spieldose_trainer.interop import sft, shira, super_tuning, wave_ft
 from spieldose_trainer.interop.config import ConvertConfig
 from spieldose_trainer.interop.peft_adapter import CHAT_TEMPLATE, PeftAdapter, read_peft
 from spieldose_trainer.mending import mends_rounding
+from spieldose_trainer.shared_name import shared_name
 
 Reader = Callable[[PeftAdapter, BaseSpec], dict[str, SparseDelta]]
 
@@ -37,9 +38,11 @@ METHODS: Final = {  # by peft_type
 def convert(config: ConvertConfig) -> Adapter:
     """Read an adapter, write it in the other format, and return it.
 
-    Raises ConversionError, BaseError, or DeltaError if SOURCE is a delta file that is not one or
-    belongs to another base.
+    Raises ConversionError, ConfigError, BaseError, or DeltaError if SOURCE is a delta file that is
+    not one or belongs to another base.
     """
+    if config.target == "delta":
+        check_out(config.out, reads={"source": config.source, "base": config.base})
     if config.source.is_dir():
         source = read_peft(config.source)  # refused before the base is hashed
         method = _method(source)
@@ -67,7 +70,7 @@ def imported(
     entries = sum(delta.nnz for delta in modules.values())
     weights = sum(height * width for height, width in base.shapes.values())
     info = AdapterInfo(
-        base_model=base.name,
+        base_model=shared_name(base.name),
         base_fingerprint=base.fingerprint,
         method=method.name,
         density=entries / weights,

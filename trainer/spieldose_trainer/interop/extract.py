@@ -19,6 +19,7 @@ from spieldose_trainer.errors import ConversionError
 from spieldose_trainer.files import check_out
 from spieldose_trainer.interop.checkpoint_tensors import BITS, CheckpointTensors
 from spieldose_trainer.interop.config import Allocation, ExtractConfig
+from spieldose_trainer.shared_name import shared_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ def extract(config: ExtractConfig) -> Extraction:
     comparison. Values are float32. A chat template that the base has not goes along. Raises
     BaseError, ConfigError and ConversionError.
     """
-    check_out(config.out)
+    check_out(config.out, reads={"base": config.base, "finetuned": config.finetuned})
     directory, finetuned = find_checkpoint(config.base), find_checkpoint(config.finetuned)
     shapes = target_shapes(directory)
     base, tuned = CheckpointTensors(directory), CheckpointTensors(finetuned)
@@ -60,13 +61,13 @@ def extract(config: ExtractConfig) -> Extraction:
             "got the same weights"
         )
     info = AdapterInfo(
-        base_model=config.base,
+        base_model=shared_name(config.base),
         base_fingerprint=fingerprint_checkpoint(directory),
         method="extract",
         density=sum(delta.nnz for delta in modules.values()) / sum(map(math.prod, shapes.values())),
         description=config.description,
         settings={
-            "finetuned": _shared_name(config.finetuned),
+            "finetuned": shared_name(config.finetuned),
             "density": str(config.density),
             "allocation": config.allocation,
         },
@@ -165,11 +166,6 @@ def _narrowed(
         if BITS[after] < BITS[before]:
             return before, after
     return None
-
-
-def _shared_name(name: str) -> str:
-    """Return a model's name for a file that travels: of a directory the last part alone."""
-    return Path(name).resolve().name if Path(name).is_dir() else name
 
 
 def _own_template(finetuned: Path, base: Path) -> str:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
+from spieldose_trainer.config import LARGEST
 from spieldose_trainer.errors import ConfigError
 from spieldose_trainer.interop.config import check_delta_name, check_density
 from spieldose_trainer.text import check_line, check_text
@@ -31,5 +32,7 @@ class RepairConfig:
         check_delta_name(self.out)
         check_density(self.density)
         for name in ("samples", "max_length"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+            if not 1 <= getattr(self, name) <= LARGEST:
+                raise ConfigError(
+                    f"{name} must be between 1 and {LARGEST}, got {getattr(self, name)}"
+                )

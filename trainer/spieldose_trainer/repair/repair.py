@@ -27,6 +27,7 @@ from spieldose_trainer.repair.grams import input_grams
 from spieldose_trainer.repair.sparse_rows import sparse_rows
 from spieldose_trainer.residual import original_weights
 from spieldose_trainer.selectors.first_support import entries
+from spieldose_trainer.shared_name import shared_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ def repair(config: RepairConfig) -> Repair:
     fed when the base reads the examples. What is wrong with settings or data is said before the
     base is loaded. Raises BaseError, DataError, ConfigError and ConversionError.
     """
-    check_out(config.out)
+    check_out(config.out, reads={"base": config.base, "data": config.data})
     directory = find_checkpoint(config.base)
     shapes = target_shapes(directory)
     originals = original_weights(directory, shapes)
@@ -82,7 +83,7 @@ def repair(config: RepairConfig) -> Repair:
         )
     weights = sum(map(math.prod, shapes.values()))
     info = AdapterInfo(
-        base_model=base.spec.name,
+        base_model=shared_name(base.spec.name),
         base_fingerprint=base.spec.fingerprint,
         method=METHOD,
         density=sum(delta.nnz for delta in modules.values()) / weights,
