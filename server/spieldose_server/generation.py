@@ -186,7 +186,8 @@ class Generation:
                 "sampling_params.stop_token_ids",
                 f"expected ids below {self.vocabulary}, got {max(sampling.stop_token_ids)}",
             )
-        return Prepared(tokens, template, self._grammars.constraint(sampling), limit)
+        constraint = self._grammars.constraint(sampling, question.constraint_field)
+        return Prepared(tokens, template, constraint, limit)
 
 
 def _template(version: Version | None) -> str:

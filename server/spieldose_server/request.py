@@ -35,6 +35,7 @@ class Question:
     prompt: Prompt
     sampling: SamplingParams
     default_tokens: int = DEFAULT_MAX_TOKENS  # of the answer, where there is room
+    constraint_field: str = ""  # of the constraint, as errors call it; empty: its own name
 
     @property
     def is_chat(self) -> bool:

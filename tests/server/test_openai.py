@@ -298,6 +298,8 @@ def test_it_is_said_what_a_value_should_be(more: dict[str, Any], said: str) -> N
             },
             "response_format",
         ),
+        ({"extra_body": {"structured_outputs": {"json": "x"}}}, "structured_outputs"),
+        ({"extra_body": {"structured_outputs": {"regex": "("}}}, "structured_outputs"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "messages"),
         ({"messages": [{"role": "nobody", "content": "x"}]}, "messages"),

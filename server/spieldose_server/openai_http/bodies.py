@@ -177,6 +177,11 @@ class Body(Strict):
             regex=regex,
         )
 
+    @property
+    def constraint_field(self) -> str:
+        """Return the name of the field that holds a constraint, if one does."""
+        return "response_format" if self.structured_outputs is None else "structured_outputs"
+
     def _constraint(self) -> tuple[str | None, str | None]:
         """Return the JSON schema and the regex of the answer; at most one is there."""
         schemas: list[str] = []

@@ -67,6 +67,7 @@ def ask(
             prompt=prompt,
             sampling=sampling,
             default_tokens=body.default_tokens,
+            constraint_field=body.constraint_field,
         )
         for prompt in prompts
     ]
