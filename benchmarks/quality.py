@@ -104,7 +104,7 @@ class Task:
 
 
 TASKS = (
-    Task("banking77", updates=64, batch_size=16, held_out=200, characters=44),
+    Task("banking77", updates=40, batch_size=16, held_out=200, characters=44),
     Task("gsm8k", updates=16, batch_size=4, held_out=60, characters=400),
 )
 WARMUP = 0.1  # share of the updates
