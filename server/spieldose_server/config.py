@@ -23,17 +23,17 @@ class ServerConfig:
 
     base: str  # directory or hub name of the base model
     adapters: Path  # directory of delta files; NAME.safetensors is served as NAME
-    listen: str = DEFAULT_ADDRESS  # address and port; port 0 takes a free one
-    admin_listen: str = ""  # the same, or unix:PATH, for load, unload, pin; empty: see SECURITY.md
+    listen: str = DEFAULT_ADDRESS  # HOST:PORT (0: a free one), or unix:PATH
+    admin_listen: str = ""  # HOST:PORT or unix:PATH for load, unload, pin; empty: see SECURITY.md
     http_listen: str = ""  # address and port for OpenAI's clients; empty: none
     metrics_listen: str = ""  # address and port for Prometheus, over HTTP; empty: no metrics
     tls_certificate: str = ""  # PEM file of the server's certificate and its chain; empty: no TLS
     tls_key: str = ""  # PEM file of its key; both are read again once they change
     tls_client_ca: str = ""  # PEM file; clients must have certificates of these authorities
     otlp_endpoint: str = ""  # URL of an OpenTelemetry collector, http or https; empty: no traces
-    trace_ratio: float = 1.0  # share of the requests traced whose caller does not say
+    trace_ratio: float = 1.0  # share traced of the requests without a traceparent
     log_format: LogFormat = "text"  # of the log, on stderr
-    trusted_keys: str = ""  # PEM file; one of its keys has to have signed an adapter; empty: none
+    trusted_keys: str = ""  # PEM file of keys, one of which must sign an adapter; empty: no check
     access: str = ""  # TOML file of tenants, their tokens and adapters; empty: all may play all
 
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda when there is one
@@ -42,7 +42,7 @@ class ServerConfig:
     host_memory: int = 0  # bytes of host memory for copies; 0: 1/4 of what is free, on the CPU 1/8
     max_adapters: int = 1024  # adapters resident at once, whatever their size
     kv_tokens: int = 16384  # tokens of KV cache, shared by all running requests
-    max_batch_tokens: int = 512  # of one forward pass; a longer prompt takes several
+    max_batch_tokens: int = 512  # tokens of a forward pass; a longer prompt takes several
     max_batch_requests: int = 64  # requests of one forward pass
     max_requests: int = 1024  # requests accepted at once; more are turned away
     max_tenant_requests: int = 512  # the same of one tenant

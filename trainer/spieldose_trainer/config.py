@@ -50,9 +50,9 @@ class TrainConfig:
     method: MethodName = "spiel-ag"  # which weights, and how they move
     selector: SelectorName | None = None  # which weights
     updater: UpdaterName | None = None  # how they move
-    density: float | None = None  # share of the target layers' weights that may change: 1 %, zo 0.1
+    density: float | None = None  # share of the target weights that may change: 0.01, zo 0.001
     modules: tuple[str, ...] = ()  # target layers by ends of their names, as q_proj; none: all
-    quantised: bool = True  # the base is in NF4; otherwise as it was saved, in the compute dtype
+    quantised: bool = True  # hold the base in NF4; otherwise unquantised, in the compute dtype
     value_dtype: Literal["float32", "bfloat16"] = "float32"  # of the values in the delta file
 
     epochs: float = 1.0  # passes over the data; ignored with --max-steps
@@ -85,11 +85,11 @@ class TrainConfig:
     seed_momentum: bool = True  # a grown entry's momentum is its mean gradient so far, otherwise 0
     allocation: Literal["layer", "global"] = "layer"  # compare scores within layers or overall
     fisher_data: Path | None = None  # for Fisher scores: as the data, or lines of `text`
-    fisher_samples: int = 64  # examples of it, or of the data where none is given
+    fisher_samples: int = 64  # examples scored, of fisher_data or else of the data
     rank: int = 128  # of low-rank approximations: principal weights, CESGC
     sgc_variant: Literal["mesgc", "cesgc"] = "mesgc"  # compress gradients, or their projections
     chunk: int = 1024  # weights whose gradient is compressed together (d)
-    kept: int = 4  # of them, how many entries of the gradient count, and move (s)
+    kept: int = 4  # entries of a chunk whose gradient counts, and that move (s)
     start: Literal["zero", "residual"] = "zero"  # first values: 0, or what NF4 rounded away
     epsilon: float = 1e-3  # size of the zeroth-order perturbation
 
