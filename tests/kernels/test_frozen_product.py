@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from spieldose_kernels.delta import SparseDelta
 from spieldose_kernels.linear import FrozenDelta
+
+from .random_deltas import random, random_delta
 
 SHAPES = [  # tokens, R, C, density
     pytest.param((7,), 5, 9, 0.3, id="odd"),
@@ -65,14 +66,3 @@ def test_an_input_that_needs_no_gradient_gets_none() -> None:
 def close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
     rtol = TOLERANCES[dtype]
     torch.testing.assert_close(found.detach().double(), expected, rtol=rtol, atol=1e-5)
-
-
-def random(*shape: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
-
-
-def random_delta(height: int, width: int, *, density: float) -> SparseDelta:
-    generator = torch.Generator().manual_seed(0)
-    count = round(density * height * width)
-    positions = torch.randperm(height * width, generator=generator)[:count]
-    return SparseDelta.from_flat(positions, random(count), shape=(height, width))

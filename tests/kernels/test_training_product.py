@@ -9,6 +9,8 @@ from spieldose_kernels.cpu import training
 from spieldose_kernels.delta import SparseDelta
 from spieldose_kernels.support_product import add_support_product
 
+from .random_deltas import random, random_delta
+
 SHAPES = [  # tokens, R, C, density
     pytest.param((7,), 5, 9, 0.3, id="odd"),
     pytest.param((3, 47), 33, 65, 0.05, id="three-blocks"),
@@ -111,14 +113,3 @@ def apply(
         row_starts=delta.row_starts,
         columns=delta.columns.int(),
     )
-
-
-def random(*shape: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
-
-
-def random_delta(height: int, width: int, *, density: float) -> SparseDelta:
-    generator = torch.Generator().manual_seed(0)
-    count = round(density * height * width)
-    positions = torch.randperm(height * width, generator=generator)[:count]
-    return SparseDelta.from_flat(positions, random(count), shape=(height, width))

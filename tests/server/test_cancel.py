@@ -38,7 +38,7 @@ def test_500_streams_cancelled_at_random_times_leave_nothing_behind_within_a_sec
     cancelled = time.monotonic()
     eventually(lambda: idle(small), seconds=1.0)  # 0.002 to 0.03 s on 2 busy cores
     record_property("seconds", time.monotonic() - cancelled)
-    assert all(most[stage] for stage in ("waiting", "playing", "off_device"))
+    assert min(most[stage] for stage in ("waiting", "playing", "off_device")) > 20
     assert small.client.generate("hello", adapter="a1", sampling=LONG) == alone
     eventually(lambda: idle(small))  # nor did any of them begin after all
     engine = small.server.engine
@@ -109,8 +109,8 @@ def cancel_at_random(running: Running, *, streams: int, seconds: float) -> Count
     started = time.monotonic()
     for moment, number in sorted(moments):
         time.sleep(max(0.0, started + moment - time.monotonic()))
+        most |= stages(running)
         if number in calls:
-            most |= stages(running)
             calls[number].cancel()
         else:
             calls[number] = running.client.inference.Generate(request(number))

@@ -13,7 +13,6 @@ from transformers.trainer import TRAINER_STATE_NAME
 DELTA: Final = "delta.safetensors"  # beside what Hugging Face's Trainer writes
 RUN_STATE: Final = "run.pt"
 DIGESTS: Final = "sha256.json"  # of the files in a checkpoint, by name; written last
-BEST: Final = "best.safetensors"  # the deltas whose held-out loss was lowest so far, if any
 PROCESSES: Final = "processes"  # a setting of the delta's, beside those of the run's own
 
 

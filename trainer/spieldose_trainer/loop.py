@@ -19,7 +19,7 @@ from spieldose_kernels.delta_file import read_delta, write_delta
 from spieldose_kernels.errors import DeltaError
 from spieldose_trainer.batches import BlanksLast, Rows
 from spieldose_trainer.callbacks import Recorder
-from spieldose_trainer.checkpoints import BEST, DELTA, RUN_STATE, keep_only, link, seal
+from spieldose_trainer.checkpoints import DELTA, RUN_STATE, keep_only, link, seal
 from spieldose_trainer.config import TrainConfig
 from spieldose_trainer.data import Example
 from spieldose_trainer.errors import CheckpointError, NonFiniteLoss
@@ -202,7 +202,7 @@ class Loop(HuggingFaceTrainer):
             self.accelerator.wait_for_everyone()  # each process writes a file of its own
             if self.args.should_save:
                 if self.recorder.log.best is not None:
-                    link(self._config.best, checkpoint / BEST)
+                    link(self._config.best, checkpoint / self._config.best.name)
                 seal(checkpoint)
                 keep_only(checkpoint)
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -243,8 +243,9 @@ class Loop(HuggingFaceTrainer):
         for name, layer in self.sparse_model.layers.items():
             layer.born.copy_(state["born"][name])
         self._best_born = {name: born.cpu() for name, born in state["best_born"].items()}
-        if self.args.should_save and (directory / BEST).exists():
-            link(directory / BEST, self._config.best)  # a later one is of updates to come again
+        best = directory / self._config.best.name
+        if self.args.should_save and best.exists():
+            link(best, self._config.best)  # a later one is of updates to come again
 
     def _prepare_for_training(self, *arguments: Any, **settings: Any) -> Any:
         with warnings.catch_warnings():  # accelerate 1.15 does not know the setting's new name
