@@ -23,8 +23,8 @@ BLANKS = r"\n?[ ]{0,32}"
 # the age of the table: llguidance's knows some that Python's does not.
 ASCII = {"d": "[0-9]", "w": "[0-9A-Za-z_]", "s": r"[\t\n\v\f\r ]"}
 
-# Whoever asks for a step that takes long lets all others wait. llguidance's own limits, four and ten
-# times these, let (a{1000}){1000} take as long as many steps of a model.
+# Whoever asks for a step that takes long lets all others wait. At llguidance's own limits, four and
+# ten times these, (a{1000}){1000} takes as long as many steps of a model.
 LIMITS = LLParserLimits(initial_lexer_fuel=100_000, step_lexer_fuel=50_000, step_max_items=5_000)
 
 
