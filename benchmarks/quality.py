@@ -73,14 +73,14 @@ METHODS: dict[str, Trained] = {
     "spiel-ma": ({"method": "spiel-ma"} | SHORT, HIGHER),
     "random": ({"method": "random"}, HIGHER),
     "fisher": ({"method": "fisher"}, RATES),
-    "magnitude": ({"method": "magnitude"}, RATES),
-    "row-topk": ({"method": "row-topk"}, RATES),
-    "lift": ({"method": "lift", "reselect_every": 20}, RATES),
     "sgc": ({"method": "sgc"}, (3e-5, 1e-4, 3e-4)),
     "zo, 0.1 %": ({"method": "zo", "density": 0.001}, (1e-4, 3e-4, 1e-3)),
 }
 
 VARIANTS: dict[str, Trained] = {  # for --only: with them it would be more than 2 hours
+    "magnitude": ({"method": "magnitude"}, RATES),
+    "row-topk": ({"method": "row-topk"}, RATES),
+    "lift": ({"method": "lift", "reselect_every": 20}, RATES),
     "spiel-ag, by gradient": ({"method": "spiel-ag", "seed_momentum": False} | SHORT, RATES),
     "spiel-ag, default settings": ({"method": "spiel-ag"}, (6e-4, 2e-3, 6e-3)),
     "spiel-ag, over a repair": (SPREAD | {"repaired": 0.002}, HIGHER),  # its density
