@@ -128,7 +128,7 @@ class Arguments:
     out: Path = Path("build/quality.jsonl")  # gets every run's result; those in it are not repeated
     minutes: float = 120.0  # after which no further run is begun
     only: tuple[str, ...] = ()  # methods or variants; none: all methods
-    speed: bool = False  # measure step times and peak memory instead, 10 to 23 minutes
+    speed: bool = False  # measure step times and peak memory instead, up to 23 minutes
     table: bool = False  # print the table of the results there are
     side: str = ""  # one side's steps, in a process of its own; used by --speed
     cell: str = ""  # TASK/METHOD, all its runs, in a process of its own; used by the benchmark
