@@ -1,8 +1,9 @@
 """The `spieldose chat` command: a conversation in the terminal."""
 
+import asyncio
 import sys
 from collections.abc import Sequence
-from contextlib import closing, suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from io import TextIOWrapper
 
@@ -10,9 +11,9 @@ from spieldose_kernels.command_line import parse
 from spieldose_kernels.terminal import say
 from spieldose_proto import inference_pb2 as pb
 from spieldose_server.ask_arguments import AskArguments
-from spieldose_server.client import Client, ClientError
+from spieldose_server.client import AsyncClient, ClientError
 from spieldose_server.client.requests import message
-from spieldose_server.connect import connect
+from spieldose_server.connect import connect_loop
 
 HELP = """\
 /adapter NAME  go on with this adapter; without a name, with the base
@@ -32,14 +33,25 @@ class ChatArguments(AskArguments):
 def chat(arguments: Sequence[str]) -> None:
     """Talk with a model or an adapter in the terminal."""
     asked = parse(ChatArguments, arguments, prog="spieldose chat")
-    with connect(asked.server) as client:
-        Chat(client, asked).run()
+    with asyncio.Runner() as runner:
+        client = runner.run(connect_loop(asked.server))
+        try:
+            Chat(runner, client, asked).run()
+        finally:
+            runner.run(client.close())
 
 
 class Chat:
-    """Hold a conversation."""
+    """Hold a conversation.
 
-    def __init__(self, client: Client, arguments: ChatArguments) -> None:
+    Calls are tasks of an event loop, where Ctrl-C cancels the task; elsewhere it is raised at any
+    line, also under the locks of gRPC.
+    """
+
+    def __init__(
+        self, runner: asyncio.Runner, client: AsyncClient, arguments: ChatArguments
+    ) -> None:
+        self._runner = runner
         self._client = client
         self._arguments = arguments
         self._adapter = ""
@@ -53,7 +65,7 @@ class Chat:
         """
         self._switch(self._arguments.adapter)
         self._reset()
-        self._greet(self._client.model().model)
+        self._greet(self._runner.run(self._client.model()).model)
         while (line := self._read()) is not None:
             try:
                 self._obey(line) if line.startswith("/") else self._turn(line)
@@ -98,7 +110,7 @@ class Chat:
 
     def _switch(self, adapter: str) -> None:
         if adapter:
-            self._client.adapter(adapter)  # raises ClientError if there is none
+            self._runner.run(self._client.adapter(adapter))  # raises ClientError if there is none
         self._adapter = adapter
 
     def _reset(self) -> None:
@@ -112,21 +124,28 @@ class Chat:
         """
         asked = [*self._history, message(pb.ChatMessage, role="user", content=line)]
         said: list[str] = []
-        arguments = self._arguments
-        stream = self._client.stream(
-            asked, adapter=self._adapter, sampling=arguments.sampling(), timeout=arguments.timeout
-        )
         try:
-            with suppress(KeyboardInterrupt), closing(stream):
-                for text in stream:
-                    said.append(text)
-                    say(text)
+            with suppress(KeyboardInterrupt):
+                self._runner.run(self._answer(asked, said))
         finally:
             if said:
                 say("\n")
         if said:
             answer = message(pb.ChatMessage, role="assistant", content="".join(said))
             self._history = [*asked, answer]
+
+    async def _answer(self, asked: list[pb.ChatMessage], said: list[str]) -> None:
+        """Show an answer as it comes, and append it, text by text. Raises ClientError."""
+        stream = self._client.stream(
+            asked,
+            adapter=self._adapter,
+            sampling=self._arguments.sampling(),
+            timeout=self._arguments.timeout,
+        )
+        async with aclosing(stream):
+            async for text in stream:
+                said.append(text)
+                say(text)
 
 
 def _complain(problem: str) -> None:
