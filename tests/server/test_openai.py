@@ -48,7 +48,9 @@ def served(
     """A server with the adapters a1 and a2 that OpenAI's clients may use."""
     for seed in (1, 2):
         write_delta(tmp_path / f"a{seed}.safetensors", make_adapter(seed))
-    yield from serve_tiny(tmp_path, http_listen="127.0.0.1:0", max_message_bytes=100_000)
+    yield from serve_tiny(
+        tmp_path, http_listen="127.0.0.1:0", max_message_bytes=100_000, drain_seconds=120.0
+    )
 
 
 def settings(running: Running, **more: Any) -> dict[str, Any]:
@@ -602,7 +604,10 @@ def test_sigterm_lets_a_stream_end(
     http = f"127.0.0.1:{free_port()}"
     long: dict[str, Any] = {"model": "a1", "prompt": "x", "temperature": 0, "max_tokens": 200}
     with (
-        process(tiny_directory, tmp_path, "--http-listen", http) as (server, _),
+        process(tiny_directory, tmp_path, "--http-listen", http, "--drain-seconds", "120") as (
+            server,
+            _,
+        ),
         openai.OpenAI(base_url=f"http://{http}/v1", api_key="none", max_retries=0) as client,
     ):
         expected = client.completions.create(**long).choices[0].text
