@@ -26,7 +26,11 @@ def test_each_layer_gets_the_same_share_of_its_own_best() -> None:
         assert found[name].tolist() == sorted(score.topk(score.numel() // 4).indices.tolist())
 
 
-def test_globally_the_best_of_all_layers_win_in_whatever_order_they_come() -> None:
+@pytest.mark.parametrize("tile", [4, 1 << 20])
+def test_globally_the_best_of_all_layers_win_in_whatever_order_they_come(
+    monkeypatch: pytest.MonkeyPatch, tile: int
+) -> None:
+    monkeypatch.setattr("spieldose_trainer.selectors.first_support.TILE", tile)
     values = draws()
     values["a"] += 1.0
     found = best_support(SHAPES, 0.5, allocation="global", scores=reversed(values.items()))

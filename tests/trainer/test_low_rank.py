@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from spieldose_trainer.errors import NonFiniteLoss
 from spieldose_trainer.updaters.low_rank import LowRank, leading_vectors
 
 SHAPES = [(24, 40), (40, 24), (30, 30)]
@@ -59,3 +60,10 @@ def decaying(shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
     left = torch.linalg.qr(torch.randn(shape[0], 20, generator=generator)).Q
     right = torch.linalg.qr(torch.randn(shape[1], 20, generator=generator)).Q
     return right, left * 0.7 ** torch.arange(20)
+
+
+def test_gradients_that_are_not_finite_are_said_so() -> None:
+    x, dy = torch.randn(6, 5), torch.randn(4, 5)
+    dy[0, 0] = torch.nan
+    with pytest.raises(NonFiniteLoss, match="expected finite gradients, got NaN or infinity"):
+        LowRank.of(x, dy, rank=2)

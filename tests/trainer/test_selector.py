@@ -352,6 +352,47 @@ def test_padding_does_not_change_a_correlation() -> None:
     torch.testing.assert_close(*scores)
 
 
+@pytest.mark.parametrize("scale", [1e-10, 1e-23, 1e-30])
+def test_a_row_that_is_all_but_shut_off_is_not_the_most_correlated(scale: float) -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, dy = torch.randn(6, 50, generator=draw), torch.randn(4, 50, generator=draw)
+    scores = []
+    for factor in (1.0, scale):
+        candidates = Candidates((4, 6), count=24, normalised=True)
+        candidates.observe(x, dy * torch.tensor([1, 1, factor, 1])[:, None])
+        candidates.finish_update()
+        scores.append(candidates.scores())
+    torch.testing.assert_close(*scores)
+
+
+def test_a_phase_begins_where_a_layer_first_has_a_gradient() -> None:
+    draw = torch.Generator().manual_seed(0)
+    late, whole = (Candidates((4, 6), count=8) for _ in range(2))
+    late.finish_update()  # that part of the model did not run
+    for _ in range(2):
+        x, dy = torch.randn(6, 5, generator=draw), torch.randn(4, 5, generator=draw)
+        for candidates in (late, whole):
+            candidates.observe(x, dy)
+            candidates.finish_update()
+    assert torch.equal(late.positions, whole.positions)
+    assert torch.equal(late.scores(), whole.scores())
+    assert torch.equal(late.counts(), whole.counts())
+
+
+def test_what_joined_late_is_known_after_a_resumption() -> None:
+    draw = torch.Generator().manual_seed(0)
+    candidates = Candidates((20, 30), count=12, room=24)
+    for _ in range(2):
+        for _ in range(3):
+            x, dy = torch.randn(30, 2, generator=draw), torch.randn(20, 2, generator=draw)
+            candidates.observe(x, dy)
+        candidates.finish_update()
+    resumed = Candidates((20, 30), count=12, room=24)
+    resumed.load_state_dict(candidates.state_dict())
+    assert candidates.counts().min() < candidates.counts().max()
+    assert torch.equal(resumed.counts(), candidates.counts())
+
+
 def test_the_layers_backward_passes_are_not_watched_before_the_run(
     make_toy: Callable[..., Any],
 ) -> None:

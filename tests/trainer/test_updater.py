@@ -1,12 +1,15 @@
 """AdamW with an age per value: PyTorch's own when all ages agree, calibrated when they do not."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
+from spieldose_kernels.linear import TrainableDelta
 from spieldose_trainer.updaters.adamw import SparseAdamW, _correction
+from spieldose_trainer.updaters.sm3 import SM3
+from spieldose_trainer.updaters.updater import Updater
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 3.0])
@@ -77,6 +80,54 @@ def test_a_run_restored_from_its_state_goes_on_bit_for_bit() -> None:
     advance(second, restored, halves[5:])
     assert torch.equal(whole, restored)
     assert torch.equal(updater.moments(whole)["age"], second.moments(restored)["age"])
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sm3"])
+def test_moments_stay_float32_when_restored_for_other_values(
+    make_trainable: Callable[..., TrainableDelta], kind: str
+) -> None:
+    def updater_of(layer: TrainableDelta) -> Updater:
+        layer.values.data = layer.values.data.bfloat16()
+        return SparseAdamW([layer.values], lr=0.1) if kind == "adamw" else SM3([layer], lr=0.1)
+
+    layers = [make_trainable(torch.arange(0, 40, 2), shape=(5, 8)) for _ in range(2)]
+    first, second = map(updater_of, layers)
+    layers[0].values.grad = torch.linspace(-1, 1, 20).bfloat16()
+    first.step()
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for name, entry in first.state[layers[0].values].items():
+        assert second.state[layers[1].values][name].dtype == entry.dtype == torch.float32
+        assert torch.equal(second.state[layers[1].values][name], entry)
+
+
+def test_the_smallest_gradients_still_count_as_in_the_authors_code(
+    make_trainable: Callable[..., TrainableDelta],
+) -> None:
+    """Their epsilon is 1e-6 beside AdamW's root, 1e-8 in SM3's."""
+    for gradient, adamw in ((1e-6, 0.5), (1e-5, 1e-5 / 1.1e-5)):
+        values = torch.nn.Parameter(torch.zeros(1))
+        values.grad = torch.tensor([gradient])
+        SparseAdamW([values], lr=1.0).step()
+        torch.testing.assert_close(values.detach(), torch.tensor([-adamw]))
+    layer = make_trainable(torch.arange(1), shape=(1, 1))
+    layer.values.grad = torch.tensor([1e-4])
+    SM3([layer], lr=1.0).step()
+    torch.testing.assert_close(layer.values.detach(), torch.tensor([-(0.5**0.5)]))
+
+
+def test_sm3_remembers_a_row_that_has_lost_its_entries(
+    make_trainable: Callable[..., TrainableDelta],
+) -> None:
+    layer = make_trainable(torch.tensor([0, 5]), shape=(2, 4))
+    updater = SM3([layer], lr=0.1)
+    layer.values.grad = torch.tensor([3.0, 1.0])
+    updater.step()
+    layer.row_starts.copy_(torch.tensor([0, 0, 2]))  # both in the second row now
+    layer.columns.copy_(torch.tensor([1, 2]))
+    layer.values.grad = torch.ones(2)
+    updater.step()
+    row, column = updater.accumulators(layer.values)
+    assert row.tolist() == [9.0, 2.0] and column.tolist() == [9.0, 2.0, 1.0, 0.0]
 
 
 def gradients(count: int) -> Iterator[torch.Tensor]:

@@ -56,7 +56,7 @@ def candidate_bytes(
 
     That is in its first update, or in those after it; `passes` are the forward passes of one.
     """
-    norms = 4 * (height + width) if normalised else 0
+    norms = 8 * (height + width) if normalised else 0  # float64
     weights = height * width
     count = min(CANDIDATE_FACTOR * entries, weights)
     room = count if passes == 1 else max(SPARE * count, FLOOR)

@@ -15,26 +15,33 @@ class Norms:
 
     def __init__(self, shape: tuple[int, int], *, device: torch.device) -> None:
         sides = zip(("rows", "columns"), shape, strict=True)
-        self.squares = {name: torch.zeros(size, device=device) for name, size in sides}
+        # float64: float32 squares vanish below 1e-23, as of a row behind a closed gate
+        self.squares = {
+            name: torch.zeros(size, dtype=torch.float64, device=device) for name, size in sides
+        }
 
     def add(self, x: torch.Tensor, dy: torch.Tensor) -> None:
         """Take in one backward pass, x [C, T] and dy [R, T]; under data parallelism all ranks'."""
         reached = dy.any(0)  # [T]: no padding, of which a batch may hold any amount
         for name, side in (("rows", dy), ("columns", x[:, reached])):
-            self.squares[name] += mean_over_ranks(side.float().square().sum(1))
+            norms = torch.linalg.vector_norm(side, dim=1, dtype=torch.float64)
+            self.squares[name] += mean_over_ranks(norms.square())
 
-    def of_rows(self, first: int, count: int) -> torch.Tensor:
-        """Return what the gradients of some rows are measured against, [count, C]."""
-        return self._product(self.squares["rows"][first : first + count, None], slice(None))
+    def divide_rows(self, gradients: torch.Tensor, *, first: int) -> None:
+        """Divide the gradients of some rows by both norms in place, flat [n·C] float32."""
+        rows, columns = self._norm("rows"), self._norm("columns")
+        tile = gradients.view(-1, columns.numel())
+        tile /= rows[first : first + tile.shape[0], None]  # a product of both might underflow
+        tile /= columns
 
-    def at(self, positions: torch.Tensor) -> torch.Tensor:
-        """Return what gradients at flat positions are measured against, [n]."""
-        width = self.squares["columns"].numel()
-        return self._product(self.squares["rows"][positions // width], positions % width)
+    def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the norms of row and column at flat positions, each [n] float32."""
+        rows, columns = self._norm("rows"), self._norm("columns")
+        return rows[positions // columns.numel()], columns[positions % columns.numel()]
 
-    def _product(self, rows: torch.Tensor, columns: torch.Tensor | slice) -> torch.Tensor:
-        product = rows.sqrt() * self.squares["columns"][columns].sqrt()
-        return product.clamp(min=torch.finfo(torch.float32).tiny)  # of nothing: 0 / tiny is 0
+    def _norm(self, name: str) -> torch.Tensor:
+        norm = self.squares[name].sqrt().float()
+        return norm.clamp(min=torch.finfo(torch.float32).tiny)  # of nothing: 0 / tiny is 0
 
 
 class Candidates:
@@ -93,7 +100,9 @@ class Candidates:
 
     @torch.no_grad()
     def finish_update(self) -> None:
-        """Count the gradient gathered since the last call as one sample."""
+        """Count the gradient gathered since the last call as one sample, if there was any."""
+        if self.samples == 0 and not self.positions.numel():
+            return  # this part of the model did not run: the next update may open the phase
         if self.samples == 0:
             largest = TopK(self.count)
             largest.show(self._relative(self._update), first=0)
@@ -122,7 +131,10 @@ class Candidates:
         return self._relative(self.total * (self.samples / self.counts()))
 
     def _relative(self, gradients: torch.Tensor) -> torch.Tensor:
-        return gradients if self._norms is None else gradients / self._norms.at(self.positions)
+        if self._norms is None:
+            return gradients
+        rows, columns = self._norms.at(self.positions)
+        return gradients / rows / columns
 
     def _choose(self, x: torch.Tensor, dy: torch.Tensor) -> None:
         if self._norms is not None:
@@ -135,14 +147,15 @@ class Candidates:
                 inside = slice(*torch.searchsorted(self.positions, ends).tolist())
                 gradient[self.positions[inside] - first] += self._update[inside]
             if self._norms is not None:
-                gradient /= self._norms.of_rows(row, gradient.numel() // self.shape[1]).flatten()
+                self._norms.divide_rows(gradient, first=row)
             largest.show(gradient, first=first)
         before = self.positions
         self.positions, self._update = largest.largest()
         known = torch.isin(self.positions, before[~self._late])
         self._late = ~known if before.numel() else torch.zeros_like(known)
         if self._norms is not None:
-            self._update *= self._norms.at(self.positions)
+            for norms in self._norms.at(self.positions):
+                self._update *= norms
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return what a resumed run needs, between two updates."""

@@ -89,10 +89,6 @@ class CompressedAdam(Updater):
         if found != expected:
             raise ConfigError(f"expected an optimizer state compressed by {expected}, got {found}")
         super().load_state_dict(state_dict)
-        for number, values in enumerate(self.param_groups[0]["params"]):
-            for key, entry in state_dict["state"].get(number, {}).items():
-                if isinstance(entry, torch.Tensor):  # PyTorch has given it the values' dtype
-                    self.state[values][key] = entry.to(values.device, copy=True)
 
     @torch.no_grad()
     def _observe_projected(self, name: str, x: torch.Tensor, dy: torch.Tensor) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from spieldose_trainer.errors import NonFiniteLoss
 from spieldose_trainer.ranks import mean_over_ranks
 
 OVERSAMPLING = 8  # columns beyond the rank while the space is sought
@@ -55,6 +56,10 @@ def leading_vectors(y: torch.Tensor, x: torch.Tensor, *, rank: int) -> torch.Ten
         right = _orthonormal(mean_over_ranks(x @ (y.t() @ space)))
         space = _orthonormal(mean_over_ranks(y @ (x.t() @ right)))
     inside = mean_over_ranks(x @ (y.t() @ space))
+    if not inside.isfinite().all():
+        raise NonFiniteLoss(
+            "expected finite gradients, got NaN or infinity; try a lower learning_rate"
+        )
     rotation = torch.linalg.svd(inside, full_matrices=False).Vh.t()
     return torch.mm(space, rotation[:, :rank])
 

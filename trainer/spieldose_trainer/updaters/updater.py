@@ -24,6 +24,15 @@ class Updater(torch.optim.Optimizer, ABC):
         self.move()
         return loss
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a `state_dict` taken between two updates."""
+        super().load_state_dict(state_dict)
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for values, number in zip(group["params"], saved["params"], strict=True):
+                for key, entry in state_dict["state"].get(number, {}).items():
+                    if isinstance(entry, torch.Tensor):  # PyTorch has given it the values' dtype
+                        self.state[values][key] = entry.to(values.device, copy=True)
+
     @abstractmethod
     def move(self) -> None:
         """Make one update."""
