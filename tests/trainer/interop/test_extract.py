@@ -1,5 +1,6 @@
 """The largest changes of a full fine-tune become a delta, and what is left behind is said."""
 
+import json
 import math
 import shutil
 from collections.abc import Callable
@@ -216,6 +217,18 @@ def test_tensors_left_out_are_told_by_kind(
     extracted(tiny_directory, tuned)
     (warning,) = capsys.readouterr().err.splitlines()
     assert warning.endswith(r"left out (6): k\x1b[2J.bias, q.bias, v.bias")
+
+
+def test_a_model_configured_otherwise_is_told(
+    tiny_directory: Path, tuned: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tuned / "config.json"
+    told = {"rms_norm_eps": 1e-3, "max_position_embeddings": 77}
+    file.write_text(json.dumps(json.loads(file.read_text()) | told | {"use_cache": False}))
+    extracted(tiny_directory, tuned)
+    (warning,) = capsys.readouterr().err.splitlines()
+    expected = "a delta plays by the base's: max_position_embeddings, rms_norm_eps"
+    assert warning.endswith(expected)
 
 
 def test_nothing_is_told_when_only_target_layers_changed(

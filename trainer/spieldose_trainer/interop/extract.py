@@ -4,9 +4,11 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import torch
 from tqdm import tqdm
+from transformers import AutoConfig
 
 from spieldose_kernels.base import load_tokenizer
 from spieldose_kernels.base_spec import fingerprint_checkpoint
@@ -21,14 +23,20 @@ from spieldose_trainer.interop.checkpoint_tensors import BITS, CheckpointTensors
 from spieldose_trainer.interop.config import Allocation, ExtractConfig
 from spieldose_trainer.shared_name import shared_name
 
+# of a configuration: what changes no logits
+NOT_COMPUTED: Final = frozenset(
+    "_name_or_path architectures dtype torch_dtype transformers_version use_cache".split()
+)
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Extraction:
     """Hold a delta and what it leaves behind."""
 
     adapter: Adapter
     squares: Mapping[str, float]  # Σ ΔW² of the whole change, by module
     outside: Sequence[str]  # tensors that differ, too, and that no delta can carry
+    settings: Sequence[str]  # of the model's configuration that differ: the base's will hold
     narrowed: tuple[str, str] | None  # dtypes, if the fine-tune's has fewer bits than the base's
 
     def kept(self, modules: Sequence[str]) -> float | None:
@@ -77,7 +85,13 @@ def extract(config: ExtractConfig) -> Extraction:
     delta_path.write(config.out, adapter)
     targets = {f"{module}.weight" for module in shapes}
     outside = differing(base, tuned, leave_out=targets)
-    return Extraction(adapter, change.squares, outside, _narrowed(base, tuned, sorted(targets)))
+    return Extraction(
+        adapter=adapter,
+        squares=change.squares,
+        outside=outside,
+        settings=_differing_settings(directory, finetuned),
+        narrowed=_narrowed(base, tuned, sorted(targets)),
+    )
 
 
 class Change:
@@ -156,6 +170,13 @@ def _same(base: CheckpointTensors, tuned: CheckpointTensors, name: str) -> bool:
     if base.shapes.get(name) != tuned.shapes.get(name):
         return False
     return all(map(torch.equal, base.tiles(name), tuned.tiles(name)))
+
+
+def _differing_settings(base: Path, finetuned: Path) -> list[str]:
+    """Name what a model's configuration says differently of how it computes."""
+    before, after = (AutoConfig.from_pretrained(path).to_dict() for path in (base, finetuned))
+    names = sorted((before.keys() | after.keys()) - NOT_COMPUTED)
+    return [name for name in names if before.get(name) != after.get(name)]
 
 
 def _narrowed(

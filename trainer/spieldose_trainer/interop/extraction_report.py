@@ -30,6 +30,10 @@ def warnings(extraction: Extraction) -> list[str]:
         said.append(
             f"tensors outside the target layers differ and are left out ({len(outside)}): {names}"
         )
+    if settings := extraction.settings:
+        said.append(
+            f"the configurations differ, and a delta plays by the base's: {', '.join(settings)}"
+        )
     if extraction.narrowed is not None:
         before, after = extraction.narrowed
         said.append(
