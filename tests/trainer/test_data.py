@@ -2,14 +2,16 @@
 
 import json
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import normalizers
+from tokenizers import normalizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from spieldose_trainer.data import IGNORED, Example, Examples, collate, read_examples
+from spieldose_trainer.dated_template import dated
 from spieldose_trainer.errors import DataError
 
 Read = Callable[..., Examples]
@@ -121,6 +123,44 @@ def test_an_answer_may_begin_with_what_its_prompt_ends_in(
     render: Any = tokenizer.apply_chat_template
     served = render(turns[:1], add_generation_prompt=True, return_dict=False)
     assert example.tokens[: len(served)] == served
+
+
+@pytest.mark.parametrize("completion", ["{x}", " {x}"])
+def test_a_completion_is_told_from_one_after_a_space(
+    read: Read, tokenizer: PreTrainedTokenizerBase, completion: str
+) -> None:
+    """As with SentencePiece, which puts a space before whatever it is given."""
+    backend: Any = tokenizer
+    backend.backend_tokenizer.normalizer = normalizers.Prepend(" ")
+    begin = "<|user|>", tokenizer.convert_tokens_to_ids("<|user|>")
+    backend.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|user|> $A", special_tokens=[begin]
+    )
+    (example,) = read(json.dumps({"prompt": "JSON:", "completion": completion}))
+    assert tokenizer.decode(example.prompt) == "<|user|> JSON:"
+    assert counted(example, tokenizer) == [f"{completion}<|end|>"]
+
+
+@pytest.mark.parametrize("call", ["strftime_now('%d %b %Y')", 'strftime_now( "%d %b %Y" )'])
+def test_templates_may_tell_another_time_than_now(
+    read: Read, tokenizer: PreTrainedTokenizerBase, call: str
+) -> None:
+    template = (
+        "{% if strftime_now is defined %}{% set day = CALL %}{% endif %}{{ day }}"
+        "{% for m in messages %}|{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}|{% endif %}"
+    )
+    tokenizer.chat_template = dated(template.replace("CALL", call), datetime(1999, 5, 3))
+    (example,) = read(json.dumps({"messages": CHAT}))
+    assert tokenizer.decode(example.prompt) == "03 May 1999|Be brief.|Hi|"
+
+
+def test_an_answer_to_nothing_is_refused(read: Read, tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages if m['role'] == 'assistant' %}{{ m['content'] }}{% endfor %}"
+    )
+    with pytest.raises(DataError, match=r"jsonl:1: expected a token or more before message 3, got"):
+        read(json.dumps({"messages": CHAT}))
 
 
 def test_all_but_the_first_token_of_plain_text_count(

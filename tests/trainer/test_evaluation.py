@@ -136,11 +136,25 @@ def test_prompts_of_different_length_are_continued_as_if_alone(base: Base) -> No
     assert measure(base, examples, batch_size=4).exact_match == 1.0
 
 
-def test_the_checkpoints_own_way_of_generating_is_not_used(base: Base) -> None:
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"do_sample": True, "temperature": 5.0, "repetition_penalty": 3.0},
+        {"suppress_tokens": list(range(40, 90))},
+        {"sequence_bias": [[[token], -100.0] for token in range(40, 90)]},
+        {"num_return_sequences": 2},
+        {"stop_strings": ["a"]},
+        {"return_dict_in_generate": True},
+        {"max_time": 0.0},
+    ],
+)
+def test_the_checkpoints_own_way_of_generating_is_not_used(base: Base, own: dict[str, Any]) -> None:
     examples = [continued(e.prompt, greedy(base.model, e.prompt, 8)) for e in known(base)]
     config = base.model.generation_config
-    config.do_sample, config.temperature, config.repetition_penalty = True, 5.0, 3.0
+    for name, value in own.items():
+        setattr(config, name, value)
     assert measure(base, examples).exact_match == 1.0
+    assert base.model.generation_config is config
 
 
 def test_the_deltas_play(base: Base) -> None:

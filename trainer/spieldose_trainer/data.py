@@ -119,12 +119,13 @@ def tokenise(record: Any, tokenizer: PreTrainedTokenizerBase, *, or_text: bool =
         return _tokenise_text(text_of(record), tokenizer)
     prompt, completion = pair_of(record, or_text=or_text)
     asked: list[int] = tokenizer(prompt)["input_ids"]
-    answer: list[int] = tokenizer(completion, add_special_tokens=False)["input_ids"]
+    whole = _appended(asked, prompt, prompt + completion, tokenizer, special=True)
+    answer = whole[len(asked) :]
     if not asked or not answer:  # some tokenizers drop characters
         raise ValueError(
             f"expected a token or more in prompt and completion, got {len(asked)} and {len(answer)}"
         )
-    tokens = [*asked, *answer, tokenizer.eos_token_id]
+    tokens = [*whole, tokenizer.eos_token_id]
     return Example(tokens, (range(len(asked), len(tokens)),))
 
 
@@ -155,6 +156,8 @@ def _tokenise_chat(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> Ex
                 f"got one that rewrites what stands before message {number + 1}"
             )
         asked = _appended(tokens, text, before, tokenizer)
+        if not asked:
+            raise ValueError(f"expected a token or more before message {number + 1}, got none")
         answered = _appended(asked, before, after, tokenizer)
         answer = answered[len(asked) :]
         if eos in answer:  # templates may add a newline after it
@@ -167,14 +170,20 @@ def _tokenise_chat(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> Ex
 
 
 def _appended(
-    tokens: list[int], text: str, longer: str, tokenizer: PreTrainedTokenizerBase
+    tokens: list[int],
+    text: str,
+    longer: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    special: bool = False,
 ) -> list[int]:
     """Return the tokens of a text that begins with another, whose tokens stay as they are.
 
     An answer may begin with what a tokenizer would merge with the end of its prompt, as newlines;
-    the model is asked with the prompt's own tokens.
+    the model is asked with the prompt's own tokens. `special` if those have a beginning-of-sequence
+    token that stands in no text.
     """
-    whole: list[int] = tokenizer(longer, add_special_tokens=False)["input_ids"]
+    whole: list[int] = tokenizer(longer, add_special_tokens=special)["input_ids"]
     if whole[: len(tokens)] == tokens:
         return whole
     rest: list[int] = tokenizer(longer[len(text) :], add_special_tokens=False)["input_ids"]

@@ -113,13 +113,9 @@ def _generate(
 ) -> list[list[int]]:
     """Continue every prompt greedily, padded on the left so that all continue at one place."""
     width = max(map(len, prompts))
-    # said in full: what is left out would come from the checkpoint's generation_config.json
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
         use_cache=True,
         eos_token_id=list(ends),
         pad_token_id=pad,
@@ -128,13 +124,25 @@ def _generate(
     tokens = [[pad] * (width - len(prompt)) + prompt for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     generate: Any = model.generate
-    grown: torch.Tensor = generate(
-        input_ids=torch.tensor(tokens, device=model.device),
-        attention_mask=torch.tensor(mask, device=model.device),
-        generation_config=config,
-    )
+    with _without_generation_config(model):
+        grown: torch.Tensor = generate(
+            input_ids=torch.tensor(tokens, device=model.device),
+            attention_mask=torch.tensor(mask, device=model.device),
+            generation_config=config,
+        )
     replies: list[list[int]] = grown[:, width:].tolist()
     return replies
+
+
+@contextmanager
+def _without_generation_config(model: PreTrainedModel) -> Iterator[None]:
+    """Leave out the checkpoint's generation_config.json, which says what `generate` is not told."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
