@@ -12,7 +12,8 @@ EXAMPLE = Example([1, 2, 3], (range(1, 3),))
 
 
 def test_every_epoch_is_shuffled_as_accelerate_does_and_blanks_come_last() -> None:
-    order, expected = BlanksLast(Rows([EXAMPLE] * 10, batch=8)), SeedableRandomSampler(range(10))
+    order = BlanksLast(Rows([EXAMPLE] * 10, batch=8), seed=7)
+    expected = SeedableRandomSampler(range(10), data_seed=7)
     assert len(order) == 16
     for _ in range(2):
         assert list(order) == [*expected, *range(10, 16)]

@@ -556,7 +556,7 @@ def test_the_command_says_how_many_examples_were_too_long(
     config = configure(data=data, eval_data=held_out)
     command_line.train(
         f"--base {config.base} --data {data} --eval-data {held_out} --out {config.out} "
-        "--max-length 32 --too-long truncate --max-steps 2 --device cpu".split()
+        "--max-length 32 --too-long truncate --max-steps 2 --method random".split()
     )
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{data}: of 4 examples 2 were cut to 32 tokens, 1 left out"

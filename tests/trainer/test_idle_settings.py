@@ -51,7 +51,7 @@ READ_BY = {  # one pair of those that read it
 
 
 def is_idle(configure: Configure, name: str, **changes: Any) -> bool:
-    lines = idle_settings(configure(**{name: OTHERS[name]}, **changes))
+    lines = idle_settings(configure(**{name: OTHERS[name]}, **changes), updates=100)
     return any(line.startswith(f"{name} has no effect: ") for line in lines)
 
 
@@ -96,10 +96,23 @@ def test_rank_is_read_by_one_of_the_two_compressions(configure: Configure) -> No
 def test_it_is_said_what_becomes_of_residuals(
     configure: Configure, method: str, said: str | None
 ) -> None:
-    lines = idle_settings(configure(method=method, start="residual"))
+    lines = idle_settings(configure(method=method, start="residual"), updates=100)
     found = [line for line in lines if line.startswith("start=residual")]
     assert len(found) == (said is not None)
     assert all(line.startswith(f"start=residual {said}") for line in found)
+
+
+@pytest.mark.parametrize(
+    ("method", "longest"), [("spiel-ag", 2), ("spiel-ma", 2), ("lift", 4), ("random", 0)]
+)
+def test_it_is_said_that_a_run_is_too_short_for_its_selector(
+    configure: Configure, method: str, longest: int
+) -> None:
+    config = configure(method=method)
+    for updates in (1, 2, 3, 4, 5, None):
+        lines = idle_settings(config, updates=updates)
+        said = any("keeps its first support" in line for line in lines)
+        assert said == (updates is not None and updates <= longest)
 
 
 def test_length_and_evaluation_are_read_where_nothing_else_says_them(configure: Configure) -> None:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,14 @@ from spieldose_kernels.base import Base
 from spieldose_kernels.delta import SparseDelta
 from spieldose_kernels.delta_file import read_delta
 from spieldose_kernels.linear import DeltaLinear, TrainableDelta
+from spieldose_trainer.errors import ConfigError
 from spieldose_trainer.selectors.accumulated_gradients import AccumulatedGradients
 from spieldose_trainer.selectors.schedule import ReselectionSchedule
 from spieldose_trainer.support import flat_positions
 from spieldose_trainer.updaters.adamw import SparseAdamW
 
 from .configuration import Configure
+from .runs import adapter_of, assert_same_deltas, run
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -48,6 +51,27 @@ def test_a_base_that_is_already_there_is_trained_over(
     trainer = spieldose_trainer.Trainer(configure(max_steps=2), base=tiny_base)
     assert trainer.base is tiny_base
     assert len(trainer.train().losses) == 2
+
+
+def test_runs_that_share_a_base_are_as_if_alone(
+    configure: Configure, tiny_base: Base, tmp_path: Path
+) -> None:
+    configs = [configure(seed=seed, out=tmp_path / f"{seed}.safetensors") for seed in (0, 1)]
+    alone = [adapter_of(run(config)) for config in configs]
+    trainers = [spieldose_trainer.Trainer(config, base=tiny_base) for config in configs]
+    for trainer, expected in zip(trainers, alone, strict=True):
+        trainer.train()
+        assert_same_deltas(trainer.adapter(), expected)
+
+
+def test_a_base_that_is_not_the_named_one_is_refused(
+    configure: Configure, tiny_base: Base, plain: Base
+) -> None:
+    other = replace(tiny_base, spec=replace(tiny_base.spec, name="other", fingerprint="f" * 64))
+    with pytest.raises(ConfigError, match=r"base: expected .*, got other, of f{12}$"):
+        spieldose_trainer.Trainer(configure(), base=other)
+    with pytest.raises(ConfigError, match="expected one with quantised=True, got False"):
+        spieldose_trainer.Trainer(configure(), base=plain)
 
 
 def test_one_call_trains_and_writes(configure: Configure) -> None:

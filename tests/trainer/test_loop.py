@@ -9,12 +9,22 @@ import torch
 from transformers import TrainerCallback
 
 from spieldose_kernels.base import Base, load_base
+from spieldose_trainer import memory
+from spieldose_trainer.errors import Interrupted
 from spieldose_trainer.methods import METHODS, MethodName
 from spieldose_trainer.support import flat_positions
 from spieldose_trainer.trainer import Trainer
 
 from .configuration import Configure
-from .runs import adapter_of, assert_same_deltas, assert_same_run, interrupt, run, write_lines
+from .runs import (
+    Interrupt,
+    adapter_of,
+    assert_same_deltas,
+    assert_same_run,
+    interrupt,
+    run,
+    write_lines,
+)
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -267,6 +277,53 @@ def test_random_numbers_go_on_where_they_stood(configure: Configure, tiny_direct
     interrupt(configure(), update=5, base=forgetful(tiny_directory))
     resumed = run(configure(resume=True), base=forgetful(tiny_directory))
     assert resumed.losses == unbroken.losses
+
+
+def test_what_others_draw_before_a_run_changes_nothing(
+    configure: Configure, tiny_directory: Path
+) -> None:
+    """The order of examples and dropout are the run's own."""
+    losses = []
+    for seed in (1, 2):
+        trainer = Trainer(configure(), base=forgetful(tiny_directory))
+        torch.manual_seed(seed)
+        losses.append(trainer.train().losses)
+        trainer.save()
+    interrupt(configure(), update=3, base=forgetful(tiny_directory))
+    trainer = Trainer(configure(resume=True), base=forgetful(tiny_directory))
+    torch.manual_seed(3)
+    assert losses[0] == losses[1] == trainer.train().losses
+
+
+def test_a_template_that_tells_the_time_does_not_keep_a_run_from_going_on(
+    configure: Configure, tmp_path: Path
+) -> None:
+    template = tmp_path / "dated.jinja"
+    template.write_text(
+        "{{ strftime_now('%f') }}{% for m in messages %}|{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}|{% endif %}"
+    )
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    data = write_lines(tmp_path / "chats.jsonl", [{"messages": turns}] * 5)
+    changes = {"data": data, "chat_template": template}
+    interrupt(configure(**changes), update=3)
+    assert len(run(configure(**changes, resume=True)).losses) == 10
+
+
+def test_the_peak_of_what_was_resumed_counts(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Grow(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            monkeypatch.setattr(memory, "peak_resident", lambda: state.global_step << 40)
+
+    with pytest.raises(Interrupted):
+        run(configure(), Grow(), Interrupt(8))
+    monkeypatch.setattr(memory, "peak_resident", lambda: 5 << 40)
+    trainer = Trainer(configure(resume=True))
+    trainer.train()
+    trainer.save()
+    assert trainer.memory is not None and trainer.memory.peak == 8 << 40
 
 
 def test_a_resumed_run_may_write_checkpoints_more_often(configure: Configure) -> None:

@@ -16,6 +16,7 @@ from spieldose_kernels.errors import BaseError
 from spieldose_trainer.errors import ConfigError, DataError
 from spieldose_trainer.memory import measure_memory
 from spieldose_trainer.model import SparseModel
+from spieldose_trainer.parts import first_support
 from spieldose_trainer.plan import Plan
 from spieldose_trainer.plan_table import print_plan
 from spieldose_trainer.planning import make_plan
@@ -75,6 +76,19 @@ def test_rows_of_equal_size_are_counted_as_they_are_chosen(
     chosen = row_support(shapes, 0.05, weights=lambda name: torch.rand(shapes[name]))
     plan = planned(method="row-topk")
     assert plan.entries == sum(len(positions) for positions in chosen.values())
+
+
+def test_layers_that_compete_hold_as_many_together_as_the_run_will(
+    configure: Configure, planned: Planned, tiny_base: Base
+) -> None:
+    changes = {"method": "magnitude", "allocation": "global", "density": 0.0213}
+    config = configure(**changes)
+    shapes = dict(tiny_base.spec.shapes)
+    chosen = first_support(config, tiny_base, shapes=shapes, texts=())
+    plan = planned(**changes)
+    assert plan.entries == sum(map(len, chosen.values()))
+    assert "finds each layer's share" in printed(plan)
+    assert "finds each layer's share" not in printed(planned(**changes | {"method": "random"}))
 
 
 def test_a_method_is_planned_at_its_own_density(planned: Planned) -> None:

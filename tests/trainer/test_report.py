@@ -97,6 +97,7 @@ def run(**changes: Any) -> dict[str, Any]:
         "log": log_of(30),
         "born": {name: torch.arange(20, dtype=torch.int16) % 4 for name in adapter.modules},
         "settings": CONFIG(density=0.05).settings(),
+        "processes": 1,
         "memory": MEMORY,
     } | changes
 
@@ -370,7 +371,7 @@ def test_a_report_that_cannot_be_written_leaves_the_one_before(
 )
 def test_the_command_makes_the_same_settings_again(changes: dict[str, Any]) -> None:
     config = CONFIG(**changes)
-    words = shlex.split(command(config.settings()))
+    words = shlex.split(command(config.settings(), processes=1))
     assert words[:2] == ["spieldose", "train"]
     again = tyro.cli(TrainConfig, args=words[2:])
     assert again.settings() == config.settings() | {"resume": "False"}
@@ -378,8 +379,15 @@ def test_the_command_makes_the_same_settings_again(changes: dict[str, Any]) -> N
 
 def test_the_command_leaves_out_what_is_default() -> None:
     words = "spieldose train --base models/tiny --data sums.jsonl --out sums.safetensors"
-    assert command(CONFIG(seed=0, method="spiel-ag").settings()) == words
-    assert command(CONFIG(method="zo").settings()) == f"{words} --method zo"
+    assert command(CONFIG(seed=0, method="spiel-ag").settings(), processes=1) == words
+    assert command(CONFIG(method="zo").settings(), processes=1) == f"{words} --method zo"
+
+
+def test_the_command_of_several_processes_starts_as_many() -> None:
+    settings = CONFIG().settings()
+    one, two = (command(settings, processes=processes) for processes in (1, 2))
+    assert two == f"torchrun --nproc-per-node=2 --no-python {one}"
+    assert as_json(summary_of(processes=2))["command"].startswith("torchrun --nproc-per-node=2 ")
 
 
 def test_magnitudes_do_not_depend_on_how_the_values_are_cut() -> None:

@@ -109,7 +109,8 @@ def test_the_command_says_which_deltas_it_wrote(
 ) -> None:
     evaluated_as(monkeypatch, *losses)
     config = configure()
-    words = f"--base {config.base} --data {config.data} --out {config.out} --max-steps 3"
+    words = f"--base {config.base} --data {config.data} --out {config.out}"
+    words += " --method random --max-steps 3"
     command_line.train([*words.split(), *(["--eval-data", str(config.data)] if losses else [])])
     first, *_ = capsys.readouterr().out.splitlines()
     number = r"loss \d+\.\d{4}"

@@ -27,8 +27,8 @@ class Rows(list[Row]):
 class BlanksLast(SeedableRandomSampler):  # type: ignore[misc]  # accelerate has no types
     """Shuffle the rows of an epoch as accelerate does; the blanks behind them stay there."""
 
-    def __init__(self, rows: Rows) -> None:
-        super().__init__(range(rows.real))
+    def __init__(self, rows: Rows, *, seed: int) -> None:
+        super().__init__(range(rows.real), data_seed=seed)
         self._rows = rows
 
     def __iter__(self) -> Iterator[int]:

@@ -4,16 +4,20 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
+from spieldose_kernels.delta_file import read_delta
+
 DELTA: Final = "delta.safetensors"  # beside what Hugging Face's Trainer writes
 RUN_STATE: Final = "run.pt"
 DIGESTS: Final = "sha256.json"  # of the files in a checkpoint, by name; written last
 PROCESSES: Final = "processes"  # a setting of the delta's, beside those of the run's own
+STARTED: Final = "started"  # another: local time in ISO 8601, which chat templates may show
 
 
 def newest_checkpoint(directory: Path) -> Path | None:
@@ -34,6 +38,11 @@ def damage(checkpoint: Path) -> str | None:
     if not (isinstance(digests, dict) and {DELTA, RUN_STATE, TRAINER_STATE_NAME} <= digests.keys()):
         return DIGESTS
     return next((name for name in digests if not _is_as(checkpoint / name, digests[name])), None)
+
+
+def saved_settings(checkpoint: Path) -> Mapping[str, str]:
+    """Return the settings of the run that wrote a whole checkpoint."""
+    return read_delta((checkpoint / DELTA).read_bytes()).info.settings
 
 
 def seal(checkpoint: Path) -> None:

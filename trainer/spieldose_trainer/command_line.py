@@ -19,7 +19,7 @@ def train(arguments: Sequence[str]) -> None:
 
     quiet_libraries()
     if config.plan:
-        _report_idle(config)
+        _report_idle(config, updates=config.max_steps)
         _print_plan(config)
         return
     from rich.console import Console
@@ -30,7 +30,7 @@ def train(arguments: Sequence[str]) -> None:
 
     trainer = Trainer(config)
     if is_first_rank():
-        _report_idle(config)
+        _report_idle(config, updates=trainer.updates)
         _report_too_long(config.data, trainer.examples)
         _report_too_long(config.eval_data, trainer.held_out)
     result = trainer.train()
@@ -64,10 +64,10 @@ def _choice(result: "Result") -> str:
     return f"; deltas of update {best.update}, whose held-out loss was lowest{nothing}"
 
 
-def _report_idle(config: TrainConfig) -> None:
+def _report_idle(config: TrainConfig, *, updates: int | None) -> None:
     from spieldose_trainer.idle_settings import idle_settings
 
-    for line in idle_settings(config):
+    for line in idle_settings(config, updates=updates):
         print(line)
 
 

@@ -23,6 +23,7 @@ from spieldose_trainer.text import check_line, check_text
 from spieldose_trainer.updaters.compression import Compression
 
 LARGEST = (1 << 31) - 1  # of what is counted: products of two such numbers still fit 64 bits
+SCORED = ("principal", "fisher", "magnitude")  # the selectors that score every weight at first
 SPIEL = ("gradients", "momentum")  # the selectors that replace a falling share of the support
 
 
@@ -191,6 +192,11 @@ class TrainConfig:
             ),
             reselect_every=self.reselect_every or PERIODS.get(selector, 1),
         )
+
+    @property
+    def allocates_globally(self) -> bool:
+        """Say whether layers compete for their entries, so that each one's share is found late."""
+        return self.allocation == "global" and self.choice.selector in SCORED
 
     @property
     def compression(self) -> Compression:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Final
 
-from spieldose_trainer.config import SPIEL, TrainConfig
+from spieldose_trainer.config import SCORED, SPIEL, TrainConfig
 
 _CHANGING: Final = (*SPIEL, "principal")  # selectors whose support changes after some updates
 
@@ -14,7 +14,7 @@ _RULES: Final[tuple[tuple[str, str, tuple[str, ...]], ...]] = (
     ("selection_steps first_rate initial_rate rate_schedule drop", "selector", SPIEL),
     ("growth seed_momentum", "selector", ("gradients",)),
     ("seed_momentum", "updater", ("adamw",)),
-    ("allocation", "selector", ("principal", "fisher", "magnitude")),
+    ("allocation", "selector", SCORED),
     ("fisher_data fisher_samples", "selector", ("fisher",)),
     ("rank", "selector", ("principal", "largest")),
     ("rank", "sgc_variant", ("cesgc",)),
@@ -23,8 +23,11 @@ _RULES: Final[tuple[tuple[str, str, tuple[str, ...]], ...]] = (
 )
 
 
-def idle_settings(config: TrainConfig) -> list[str]:
-    """Say in a line each which settings differ from their defaults without a lasting effect."""
+def idle_settings(config: TrainConfig, *, updates: int | None) -> list[str]:
+    """Say in a line each which settings differ from their defaults without a lasting effect.
+
+    And if a run of so many updates, where that is known, is too short for its selector.
+    """
     choice, changed = config.choice, set(_changed(config))
     run: dict[str, str] = {"selector": choice.selector, "updater": choice.updater}
     if choice.updater == "compressed-adam":
@@ -40,6 +43,12 @@ def idle_settings(config: TrainConfig) -> list[str]:
     if "eval_every" in changed and config.eval_data is None:
         found["eval_every"] = "there is no eval_data"
     lines = [f"{name} has no effect: {reason}" for name, reason in found.items()]
+    first = config.selection_steps if choice.selector in SPIEL else choice.reselect_every
+    if choice.selector in _CHANGING and updates is not None and updates <= first:
+        lines.append(
+            f"selector {choice.selector} keeps its first support: it changes after update {first}, "
+            f"and there are {updates}"
+        )
     if config.start == "residual" and choice.selector in _CHANGING:
         lines.append(
             f"start=residual does not last: selector {choice.selector} replaces entries, and new "

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import Trainer as HuggingFaceTrainer
-from transformers import TrainerState, TrainingArguments
+from transformers import TrainerState, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from spieldose_kernels.base import pick_device
@@ -62,6 +62,7 @@ class Loop(HuggingFaceTrainer):
     def run(self, checkpoint: Path | None) -> None:
         """Train to the last update, from a checkpoint if there is one."""
         if checkpoint is None:
+            set_seed(self.args.seed)  # for dropout: others may have drawn since this was made
             if self._held_out:
                 self.evaluate()  # what there is to improve on
             self.train()
@@ -78,7 +79,7 @@ class Loop(HuggingFaceTrainer):
         """Return the batches of this process, as many and as large as every other's."""
         loader: Any = super().get_train_dataloader()
         assert isinstance(self.train_dataset, Rows)
-        loader.set_sampler(BlanksLast(self.train_dataset))
+        loader.set_sampler(BlanksLast(self.train_dataset, seed=self.args.seed))
         return loader
 
     def training_step(
@@ -222,10 +223,11 @@ class Loop(HuggingFaceTrainer):
         directory.mkdir(parents=True, exist_ok=True)
         adapter = self.sparse_model.adapter(method="checkpoint", settings=self._settings)
         write_delta(directory / DELTA, adapter)
+        memory, device = self.recorder.memory, self.sparse_model.base.model.device
         state = {
             "selector": self.recorder.selector.state_dict(),
             "log": self.recorder.log.state_dict(),
-            "memory": asdict(self.recorder.memory) if self.recorder.memory else None,
+            "memory": asdict(memory.with_peak(device)) if memory else None,
             "born": {name: layer.born for name, layer in self.sparse_model.layers.items()},
             "best_born": self._best_born,
         }

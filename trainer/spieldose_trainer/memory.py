@@ -1,7 +1,7 @@
 """What a run keeps in memory per active value, measured, beside what the paper's code keeps."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,6 +46,10 @@ class MemoryTable:
         """Return what `dataclasses.asdict` took apart."""
         paper = saved["paper"]
         return cls(**(dict(saved) | {"paper": None if paper is None else PaperBytes(**paper)}))
+
+    def with_peak(self, device: torch.device) -> "MemoryTable":
+        """Return the same with the peak of now, or of the process that was resumed if higher."""
+        return replace(self, peak=max(self.peak, peak_bytes(device)))
 
     @property
     def total(self) -> int:

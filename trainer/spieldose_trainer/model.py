@@ -35,9 +35,13 @@ class SparseModel(nn.Module):
             layer = TrainableDelta(support.row_starts, support.columns.int(), width=shape[1])
             self.layers[name] = layer.to(device)
         frozen = {} if over is None else over.modules
-        beneath = {name: FrozenDelta(delta).to(device) for name, delta in frozen.items()}
-        attach(base, self.layers, beneath=beneath)
+        self._beneath = {name: FrozenDelta(delta).to(device) for name, delta in frozen.items()}
+        self.attach()
         self.model = base.model
+
+    def attach(self) -> None:
+        """Put the deltas over the base's layers, where another run's may have come to lie."""
+        attach(self.base, self.layers, beneath=self._beneath)
 
     @classmethod
     def of(cls, base: Base, adapter: Adapter, *, over: Adapter | None = None) -> "SparseModel":

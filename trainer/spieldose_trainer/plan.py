@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from spieldose_trainer.methods import UpdaterName
+from spieldose_trainer.selectors.first_support import Allocation
 from spieldose_trainer.sizes import Shape
 
 
@@ -30,6 +31,7 @@ class Plan:
     updater: UpdaterName
     batch_size: int
     length: int
+    allocation: Allocation
     file: int
     base: int
     value: int

@@ -10,6 +10,8 @@ from spieldose_trainer.plan import Plan
 def print_plan(plan: Plan, console: Console) -> None:
     """Print what would be trained, and what that would need."""
     console.print(_kinds(plan))
+    if plan.allocation == "global":
+        console.print("With --allocation global the run finds each layer's share of the total.")
     console.print(_memory(plan))
     step = (
         f"those of an update on {plan.batch_size} examples of {plan.length:,} tokens that all "

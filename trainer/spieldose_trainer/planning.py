@@ -53,10 +53,7 @@ def make_plan(config: TrainConfig) -> Plan:
     shapes = target_shapes(directory)
     if config.over is not None and over is not None:  # the base's weights may not be here
         delta_path.read(config.over, BaseSpec(config.base, over.info.base_fingerprint, shapes))
-    sizes = {
-        name: (*shape, _count(choice, *shape))
-        for name, shape in select_modules(shapes, config.modules).items()
-    }
+    sizes = _sizes(config, select_modules(shapes, config.modules))
     device = pick_device(config.device)
     dtype = pick_compute_dtype(config.compute_dtype, device)
     base = AutoConfig.from_pretrained(directory)
@@ -71,6 +68,7 @@ def make_plan(config: TrainConfig) -> Plan:
         updater=choice.updater,
         batch_size=config.batch_size,
         length=Limits.of(base).length(config.max_length),
+        allocation="global" if config.allocates_globally else "layer",
         file=sum(
             file_bytes(name, *size, dtype=getattr(torch, config.value_dtype))
             for name, size in _together(sizes, over).items()
@@ -105,6 +103,19 @@ def _frozen_bytes(over: Adapter | None) -> int:
     """Return what an adapter takes that lies beneath a run: see `FrozenDelta`."""
     deltas = () if over is None else over.modules.values()
     return sum(2 * (4 + 4) * delta.nnz + 4 * (sum(delta.shape) + 2) for delta in deltas)
+
+
+def _sizes(config: TrainConfig, shapes: Mapping[str, tuple[int, int]]) -> Sizes:
+    """Return R, C and Z by layer; Z is an equal share where layers compete for their entries."""
+    if not config.allocates_globally:
+        return {name: (*shape, _count(config.choice, *shape)) for name, shape in shapes.items()}
+    total, before, sizes = sum(math.prod(shape) for shape in shapes.values()), 0, {}
+    whole = entries(config.choice.density, total)
+    for name, shape in shapes.items():
+        after = before + math.prod(shape)
+        sizes[name] = (*shape, whole * after // total - whole * before // total)
+        before = after
+    return sizes
 
 
 def _count(choice: Choice, height: int, width: int) -> int:

@@ -4,30 +4,42 @@ import hashlib
 import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from transformers import AutoConfig, PreTrainedTokenizerBase, PrinterCallback
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from spieldose_kernels.base import Base, load_base, load_tokenizer, pick_compute_dtype, pick_device
+from spieldose_kernels.base_spec import fingerprint_checkpoint
 from spieldose_kernels.checkpoint import find_checkpoint, target_shapes
 from spieldose_kernels.delta import Adapter
 from spieldose_kernels.delta_file import read_delta, write_delta
 from spieldose_trainer.batches import Rows, collate_counted
 from spieldose_trainer.callbacks import Evaluating, Progress, Recorder, StopOnInterrupt
-from spieldose_trainer.checkpoints import DELTA, PROCESSES, damage, link, newest_checkpoint
+from spieldose_trainer.checkpoints import (
+    DELTA,
+    PROCESSES,
+    STARTED,
+    damage,
+    link,
+    newest_checkpoint,
+    saved_settings,
+)
 from spieldose_trainer.config import TrainConfig
 from spieldose_trainer.data import Examples, collate, read_examples
+from spieldose_trainer.dated_template import dated
 from spieldose_trainer.errors import CheckpointError, ConfigError, Interrupted
 from spieldose_trainer.event_file import EventFile
 from spieldose_trainer.files import check_out, inputs, make_folders, read_template
 from spieldose_trainer.limits import Limits
 from spieldose_trainer.loop import Loop, training_arguments
-from spieldose_trainer.memory import MemoryTable, peak_bytes
+from spieldose_trainer.memory import MemoryTable
 from spieldose_trainer.model import SparseModel
 from spieldose_trainer.modules import select_modules
 from spieldose_trainer.over import read_over, together
@@ -64,6 +76,8 @@ class Trainer:
         self.config = config
         check_out(config.out, reads=inputs(config))
         self._checkpoint = _checkpoint_to_resume(config)
+        resumed = {} if self._checkpoint is None else saved_settings(self._checkpoint)
+        started = resumed.get(STARTED) or datetime.now().isoformat()
         directory = find_checkpoint(config.base)
         every_shape = target_shapes(directory)
         shapes = select_modules(every_shape, config.modules)
@@ -71,7 +85,8 @@ class Trainer:
         self.over = read_over(config, directory, every_shape)
         inherited = "" if self.over is None else self.over.info.chat_template
         self._template = read_template(config.chat_template) or inherited
-        tokenizer.chat_template = self._template or tokenizer.chat_template
+        if template := self._template or tokenizer.chat_template:
+            tokenizer.chat_template = dated(template, datetime.fromisoformat(started))
         read = partial(_read, config, tokenizer, Limits.of(AutoConfig.from_pretrained(directory)))
         self.examples = read(config.data)
         self.held_out = read(config.eval_data)
@@ -84,9 +99,12 @@ class Trainer:
             "eval_data": _described(self.held_out),
             "over": "None" if config.over is None else _digest(config.over),
             PROCESSES: str(self._arguments.world_size),
+            STARTED: started,
         }
         if self._checkpoint is not None:
-            _check_same_run(self._checkpoint, self._settings)
+            _check_same_run(resumed, self._settings)
+        if base is not None:
+            _check_base(base, config, directory)
         self.base = base or _load(config)
         if self._checkpoint is None:
             support = first_support(
@@ -108,15 +126,21 @@ class Trainer:
 
     def train(self) -> Result:
         """Train to the end; raises Interrupted after Ctrl-C, NonFiniteLoss or CheckpointError."""
+        self.model.attach()
         with self._stop.listening():
             self._loop.run(self._checkpoint)
-        step, last = self._loop.state.global_step, self._loop.args.max_steps
+        step, last = self._loop.state.global_step, self.updates
         if self._stop.requested and step < last:
             raise Interrupted(
                 f"stopped after update {step} of {last}; "
                 "the same command with --resume goes on from there"
             )
         return Result(self.config.out, self._loop.recorder.log, self.model)
+
+    @property
+    def updates(self) -> int:
+        """Return how many updates the run has, if nothing ends it early."""
+        return int(self._loop.args.max_steps)
 
     def adapter(self) -> Adapter:
         """Return the trained deltas: those of the lowest held-out loss, if there was any.
@@ -166,14 +190,14 @@ class Trainer:
         link(config.out, config.folder / config.out.name)
         if recorder.memory is None:  # not trained
             return
-        peak = max(recorder.memory.peak, peak_bytes(self.base.model.device))
-        self.memory = replace(recorder.memory, peak=peak)
+        self.memory = recorder.memory.with_peak(self.base.model.device)
         write_report(
             config.folder,
             adapter=adapter,
             log=recorder.log,
             born={name: layer.born.cpu() for name, layer in self.model.layers.items()},
             settings=config.settings(),
+            processes=self._arguments.world_size,
             memory=self.memory,
         )
 
@@ -237,6 +261,19 @@ def _load(config: TrainConfig) -> Base:
     )
 
 
+def _check_base(base: Base, config: TrainConfig, directory: Path) -> None:
+    """Raise ConfigError if a base that was given is not the one that the settings name."""
+    expected, got = fingerprint_checkpoint(directory), base.spec.fingerprint
+    if got != expected:
+        raise ConfigError(
+            f"base: expected {config.base}, of fingerprint {expected[:12]}, got {base.spec.name}, "
+            f"of {got[:12]}"
+        )
+    quantised = any(isinstance(layer, Linear4bit) for layer in base.layers.values())
+    if quantised != config.quantised:
+        raise ConfigError(f"base: expected one with quantised={config.quantised}, got {quantised}")
+
+
 def _read(
     config: TrainConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -270,9 +307,8 @@ def _checkpoint_to_resume(config: TrainConfig) -> Path | None:
     return found
 
 
-def _check_same_run(checkpoint: Path, settings: Mapping[str, str]) -> None:
+def _check_same_run(saved: Mapping[str, str], settings: Mapping[str, str]) -> None:
     """Raise ConfigError if these are not the settings that a checkpoint was trained with."""
-    saved = read_delta((checkpoint / DELTA).read_bytes()).info.settings
     for name, value in settings.items():
         if name not in _MAY_CHANGE and saved.get(name) != value:
             raise ConfigError(
@@ -293,4 +329,4 @@ def _described(examples: Examples) -> str:
 
 
 # settings that do not change what a run computes; what a chat template does shows in the data
-_MAY_CHANGE = {"resume", "checkpoint_every", "description", "out", "base", "chat_template"}
+_MAY_CHANGE = {"resume", "checkpoint_every", "description", "out", "base", "chat_template", STARTED}

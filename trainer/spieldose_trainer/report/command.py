@@ -14,12 +14,14 @@ ALWAYS_SAID = ("base", "data", "out")
 NEVER_SAID = ("resume", "plan")  # the run begins anew, and is made
 
 
-def command(settings: Mapping[str, str]) -> str:
+def command(settings: Mapping[str, str], *, processes: int) -> str:
     """Return `spieldose train …` with every setting that is not the default.
 
-    `settings` are those of `TrainConfig.settings`.
+    `settings` are those of `TrainConfig.settings`, `processes` how many shared its batches.
     """
     words, defaults = ["spieldose", "train"], _defaults(settings)
+    if processes > 1:
+        words = ["torchrun", f"--nproc-per-node={processes}", "--no-python", *words]
     for field in dataclasses.fields(TrainConfig):
         value = settings[field.name]
         if field.name in NEVER_SAID or value == defaults.get(field.name):

@@ -22,7 +22,7 @@ def as_json(summary: Summary) -> dict[str, Any]:
     - format, format_version: "spieldose.report", 1
     - versions: of python, torch, transformers and spieldose; hardware: processor, threads, gpu
     - adapter: base_model, base_fingerprint, method, density, description, entries
-    - settings: of the run, as text; command: makes the run again
+    - settings: of the run, as text; processes: that shared its batches; command: makes it again
     - time: seconds, tokens, tokens_per_second, updates; see `Summary.seconds` for what counts
     - log: updates, reselections, evaluations, each with one list per field (`RunLog.state_dict`)
     - ages: [share of the final support that joined at reselection 0, 1, …], 0 the first support;
@@ -43,7 +43,8 @@ def as_json(summary: Summary) -> dict[str, Any]:
             "hardware": hardware(),
             "adapter": info | {"entries": adapter.nnz},
             "settings": dict(summary.settings),
-            "command": command(summary.settings),
+            "processes": summary.processes,
+            "command": command(summary.settings, processes=summary.processes),
             "time": {
                 "seconds": summary.seconds,
                 "tokens": summary.tokens,

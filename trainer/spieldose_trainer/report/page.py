@@ -61,7 +61,7 @@ def page(summary: Summary) -> str:
         *(_figure(plot) for plot in plots(summary)),
         _memory(summary),
         "<h2>The same run again</h2>",
-        f"<pre><code>{escape(command(summary.settings))}</code></pre>",
+        f"<pre><code>{escape(command(summary.settings, processes=summary.processes))}</code></pre>",
         "<h2>Settings</h2>",
         f'<div class="columns">{_table(("setting", "value"), summary.settings.items())}</div>',
         _footer(),

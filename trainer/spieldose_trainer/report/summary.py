@@ -31,6 +31,7 @@ class Summary:
     adapter: Adapter
     log: RunLog
     settings: Mapping[str, str]
+    processes: int  # that shared every batch
     memory: MemoryTable
     modules: Mapping[str, ModuleSummary]
     ages: list[float] | None  # share of the final support by the reselection that brought it in
@@ -60,6 +61,7 @@ def summarise(
     *,
     born: Mapping[str, torch.Tensor],
     settings: Mapping[str, str],
+    processes: int,
     memory: MemoryTable,
 ) -> Summary:
     """Work out a report's numbers; `born` is by module [Z], aligned with the adapter's entries."""
@@ -79,6 +81,7 @@ def summarise(
         adapter=adapter,
         log=log,
         settings=settings,
+        processes=processes,
         memory=memory,
         modules=modules,
         ages=_ages(adapter, born),

@@ -23,6 +23,7 @@ def write_report(
     log: RunLog,
     born: Mapping[str, torch.Tensor],
     settings: Mapping[str, str],
+    processes: int,
     memory: MemoryTable,
 ) -> None:
     """Write `report.json` and `report.html`, each whole or not at all.
@@ -32,7 +33,9 @@ def write_report(
     text. The keys of `report.json`: `numbers.as_json`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    summary = summarise(adapter, log, born=born, settings=settings, memory=memory)
+    summary = summarise(
+        adapter, log, born=born, settings=settings, processes=processes, memory=memory
+    )
     text = json.dumps(as_json(summary), allow_nan=False, ensure_ascii=False, indent=1)
     _write(folder / "report.json", text + "\n")
     _write(folder / "report.html", page(summary))
