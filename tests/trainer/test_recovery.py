@@ -53,6 +53,22 @@ def test_blocks_of_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPat
     torch.testing.assert_close(whole[1], parts[1])
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_a_weight_that_never_has_a_gradient_does_not_move(scale: float) -> None:
+    """Of four positions found three are of rounding alone."""
+    draw = torch.Generator().manual_seed(0)
+    where = torch.randint(64, (500, 1), generator=draw)
+    p, q = torch.zeros(2, 500, 40)
+    for updates in range(1, 11):
+        gradient = torch.randn(500, 1, generator=draw) * scale
+        p.lerp_(SKETCH.project(where, gradient), 1 - BETAS[0])
+        q.lerp_(SKETCH.project(where, gradient.square()), 1 - BETAS[1])
+        settings = {"count": 4, "updates": updates, "betas": BETAS, "eps": 1e-6}
+        positions, step = recover_step(p, q, SKETCH, **settings)
+        assert not step[positions != where].any()
+        assert int(step[positions == where].count_nonzero()) == 500
+
+
 def steps(p: torch.Tensor, q: torch.Tensor, *, updates: int) -> dict[int, float]:
     """Return the recovered steps of one chunk by position."""
     positions, step = recover_step(p, q, SKETCH, count=2, updates=updates, betas=BETAS, eps=1e-12)

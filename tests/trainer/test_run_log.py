@@ -1,8 +1,14 @@
 """A run's log goes on after a resumption as if nothing had happened."""
 
 import json
+from typing import Any, cast
 
+import pytest
+from transformers import TrainerState
+
+from spieldose_trainer.callbacks import Recorder
 from spieldose_trainer.run_log import Evaluation, Reselection, RunLog, Update
+from spieldose_trainer.selectors.selector import Selector
 
 RECORDS = (
     Update(number=1, loss=2.5, learning_rate=1e-3, seconds=0.5, tokens=100),
@@ -57,3 +63,14 @@ def test_an_empty_log_comes_back_empty() -> None:
     again = log_of(*RECORDS)
     again.load_state_dict(RunLog().state_dict())
     assert (again.updates, again.reselections, again.evaluations) == ([], [], [])
+
+
+@pytest.mark.parametrize(("lost", "recorded"), [(0.5, [0.5]), (0.0, []), (None, [])])
+def test_what_was_evicted_is_recorded_also_where_no_newcomer_stayed(
+    lost: float | None, recorded: list[float]
+) -> None:
+    selector = Selector()
+    selector.lost = lost
+    recorder, unread = Recorder(selector, layers={}, method="sgc"), cast(Any, None)
+    recorder.on_step_end(unread, TrainerState(global_step=3), unread)
+    assert [event.lost for event in recorder.log.reselections] == recorded

@@ -20,6 +20,12 @@ def test_sparse_chunks_come_back_at_the_default_width(kept: int, chunk: int) -> 
     assert recovered(kept, chunk, width, equal=True) >= 0.997  # hardest: entries of equal size
 
 
+@pytest.mark.parametrize(("kept", "chunk"), [(4, 16), (4, 8), (32, 64)])
+def test_chunks_that_are_not_compressed_all_come_back(kept: int, chunk: int) -> None:
+    assert Compression(kept=kept, chunk=chunk).width == chunk
+    assert recovered(kept, chunk, chunk, equal=True) == 1.0
+
+
 def test_half_the_default_width_does_not_recover_entries_of_equal_size() -> None:
     width = Compression().width // 2  # 2·s·ln(d/s), as PAPERS has it
     assert recovered(4, 1024, width, equal=True) < 0.95

@@ -63,7 +63,8 @@ class Recorder(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Close the update that has just moved the values."""
-        if replaced := self.selector.end_update(state.global_step):
+        replaced = self.selector.end_update(state.global_step)
+        if replaced or self.selector.lost:  # all that was new may have been evicted at once
             self.log.append(
                 Reselection(
                     update=state.global_step,

@@ -17,7 +17,7 @@ class Selector:
     A run tells its selector when an update begins and when it has moved the values, counted from 1.
     """
 
-    lost: float | None = None  # share of the deltas' norm that the latest change of support cost
+    lost: float | None = None  # share of the deltas' norm that this update's change of support cost
     lost_over_run: float | None = None  # and all changes together, of a selector that counts it
 
     def begin_update(self, update: int) -> None:
@@ -66,6 +66,7 @@ class Reselector(Selector, ABC):
 
     def end_update(self, update: int) -> int:
         """Change the support if it is due; return how many entries were replaced."""
+        self.lost = None
         if not self._reselections.due(update):
             return 0
         before = self._norm()

@@ -5,6 +5,8 @@ import torch
 from spieldose_kernels.support_product import TILE
 from spieldose_trainer.updaters.sketch import Sketch
 
+ROUNDING = 2e-6  # of a chunk's root mean square gradient: what float32 leaves of a moment of 0
+
 
 def recover_step(
     p: torch.Tensor,
@@ -22,7 +24,9 @@ def recover_step(
     and m in p; v is solved from q at the same positions. Once more than `count` positions of a
     chunk have a moment neither is exact, and v may come out near zero or negative: it is raised to
     the least that a second moment can be beside this m. Raised to zero alone, 2 % of the steps of
-    update 7 on SmolLM2-135M came out 2,000 times the learning rate, and the loss grew.
+    update 7 on SmolLM2-135M came out 2,000 times the learning rate, and the loss grew. A chunk of
+    fewer moments has rounding alone at the other positions, where m and v are noise of one kind and
+    their quotient is of any size: no step is made there.
     """
     first, second = 1 - betas[0] ** updates, 1 - betas[1] ** updates
     ratio = largest_ratio(betas, updates)
@@ -32,8 +36,9 @@ def recover_step(
         support = sketch.find(p_block, count=count)
         m = support.solve(p_block) / first
         v = torch.maximum(support.solve(q_block) / second, m.square() / ratio)
+        rounding = ROUNDING * (q_block.norm(dim=1, keepdim=True) / second).sqrt()
         positions.append(support.positions)
-        steps.append(m / (v.sqrt() + eps))
+        steps.append((m / (v.sqrt() + eps)).where(m.abs() > rounding, 0.0))
     return torch.cat(positions), torch.cat(steps)
 
 

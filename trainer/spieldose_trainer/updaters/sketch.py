@@ -25,13 +25,18 @@ class Support:
 class Sketch:
     """Project chunks of d numbers to k by A [k, d], Gaussian with columns of length 1.
 
-    A follows from the seed and is the same for every chunk: it is never saved. Columns of unequal
-    length would make matching pursuit prefer the long ones.
+    Where k is d there is nothing to compress, and A is the identity. A follows from the seed and is
+    the same for every chunk: it is never saved. Columns of unequal length would make matching
+    pursuit prefer the long ones.
     """
 
     def __init__(self, chunk: int, measurements: int, *, seed: int, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(seed)  # on the CPU: one A for every device
-        matrix = torch.randn(measurements, chunk, generator=generator)
+        matrix = (
+            torch.randn(measurements, chunk, generator=generator)
+            if measurements < chunk
+            else torch.eye(chunk)
+        )
         self.matrix = (matrix / matrix.norm(dim=0)).to(device)  # [k, d] float32
         self._columns = self.matrix.t().contiguous()  # [d, k]
 

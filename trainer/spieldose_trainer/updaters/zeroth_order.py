@@ -67,7 +67,8 @@ class ZerothOrder(Updater):
         """Return the running update's z for one layer, [Z] float32."""
         values = self._layers[index].values
         generator = torch.Generator(values.device)
-        # a stream of its own per run, update and layer: the order of calls does not matter
+        # a stream per run, update and layer: the order of calls does not matter. On the CPU PyTorch
+        # reads 32 bits of a seed, so that two of some 65,000 streams may be one
         stream = np.random.SeedSequence([self._seed, self.param_groups[0]["updates"], index])
         generator.manual_seed(int(stream.generate_state(1, np.uint64)[0] >> np.uint64(1)))
         return torch.randn(values.numel(), generator=generator, device=values.device)
