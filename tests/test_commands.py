@@ -1,5 +1,7 @@
 """Every command refuses what it does not know in one line."""
 
+import os
+import subprocess
 import sys
 from importlib.metadata import EntryPoint, entry_points
 
@@ -53,3 +55,32 @@ def test_what_nobody_can_be_asked_ends_in_one_line(
         main()
     assert str(ended.value.code).startswith(f"spieldose {words[0]}: {said}")
     assert "\n" not in str(ended.value.code)
+
+
+def test_a_reader_that_has_gone_ends_a_command_quietly() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "spieldose_server", "token"]
+    done = subprocess.run(command, stdout=writer, stderr=-1, text=True, timeout=60, check=False)
+    os.close(writer)
+    assert done.returncode == 1
+    assert "Error" not in done.stderr
+
+
+def test_a_full_disk_ends_a_command_in_one_line() -> None:
+    command = [sys.executable, "-m", "spieldose_server", "token"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=-1, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "spieldose: [Errno 28] No space left on device"
+
+
+def test_what_an_encoding_lacks_is_written_out() -> None:
+    code = (
+        "from spieldose_server import __main__, command_line\n"
+        "command_line.main = lambda: print(chr(0x266b))\n"
+        "__main__.main()"
+    )
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert done.stdout == b"\\u266b\n"

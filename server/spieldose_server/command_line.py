@@ -42,8 +42,6 @@ def main() -> None:
                 command(arguments)
             except SpieldoseError as error:
                 sys.exit(f"spieldose {name}: {error}")
-            except KeyboardInterrupt:
-                sys.exit(130)
         case asked:
             width = max(map(len, commands))
             print("usage: spieldose COMMAND [--help]\n")
