@@ -10,7 +10,6 @@ from bitsandbytes.functional import dequantize_4bit, has_avx512bf16
 from bitsandbytes.nn import Linear4bit
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -19,7 +18,13 @@ from transformers import (
 )
 
 from spieldose_kernels.base_spec import BaseSpec, fingerprint_checkpoint, weight_files
-from spieldose_kernels.checkpoint import find_checkpoint, first_line, nf4_layers, target_shapes
+from spieldose_kernels.checkpoint import (
+    find_checkpoint,
+    first_line,
+    nf4_layers,
+    read_config,
+    target_shapes,
+)
 from spieldose_kernels.errors import BaseError
 
 
@@ -50,7 +55,7 @@ def load_base(
     """
     directory = find_checkpoint(name)
     try:
-        config = AutoConfig.from_pretrained(directory)
+        config = read_config(directory)
         stored = getattr(config, "quantization_config", None)
         if not quantised and stored is not None:
             raise BaseError(f"{name}: expected a base that is not quantised, got one that is")
@@ -65,6 +70,7 @@ def load_base(
             dtype=compute_dtype,
             device_map={"": device},
             output_loading_info=True,
+            trust_remote_code=False,
             **arguments,
         )
     except BaseError:
@@ -77,7 +83,8 @@ def load_base(
         raise BaseError(f"{name}: expected weights for {missing[0]}, got none")
     layers = nf4_layers(model, name=name) if quantised else _plain_layers(name, model, directory)
     if quantised:
-        for layer in layers.values():
+        for path, layer in layers.items():
+            _check_shape(f"{name}: {path}", layer)
             layer.compute_dtype = compute_dtype
             layer.compute_type_is_set = True
             _correct_on_cpu(layer, fused=fused and compute_dtype == torch.bfloat16)
@@ -89,7 +96,9 @@ def load_base(
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a checkpoint. Raises BaseError."""
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            directory, trust_remote_code=False
+        )
     except Exception as error:  # tokenizers raises no narrower type
         said = " ".join(str(error).split())  # a list, a line each
         raise BaseError(f"expected a tokenizer at {directory}, got: {said}") from error
@@ -134,6 +143,13 @@ class _DequantisedLinear(Linear4bit):  # type: ignore[misc]  # bitsandbytes is u
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return nn.functional.linear(x, dense_weight(self, x.dtype), bias)
+
+
+def _check_shape(name: str, layer: Linear4bit) -> None:
+    """Raise BaseError for a weight of another shape, which transformers quantises all the same."""
+    expected, got = (layer.out_features, layer.in_features), tuple(layer.weight.quant_state.shape)
+    if got != expected:
+        raise BaseError(f"{name}: expected a weight of shape {expected}, got {got}")
 
 
 def _correct_on_cpu(layer: Linear4bit, *, fused: bool) -> None:

@@ -9,7 +9,12 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+)
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from spieldose_kernels.base_spec import BaseSpec, fingerprint_checkpoint
@@ -59,14 +64,16 @@ def target_shapes(directory: Path) -> dict[str, tuple[int, int]]:
     does when it loads. Reads nothing but the configuration. Raises BaseError.
     """
     try:
-        config = AutoConfig.from_pretrained(directory)
+        config = read_config(directory)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         stored = getattr(config, "quantization_config", None)
         nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
         wanted = nf4 if stored is None else stored
         quantizer = AutoHfQuantizer.from_config(wanted, pre_quantized=stored is not None)
         quantizer.preprocess_model(model=model, device_map={"": "cpu"})
+    except BaseError:
+        raise
     except Exception as error:  # a configuration may make transformers stumble over anything
         raise BaseError(
             f"expected a causal language model at {directory}, got: {first_line(error)}"
@@ -78,11 +85,23 @@ def target_shapes(directory: Path) -> dict[str, tuple[int, int]]:
 def nf4_layers(model: nn.Module, *, name: str) -> dict[str, Linear4bit]:
     """Return a quantised model's target layers by module name; raises BaseError if not all NF4."""
     layers = {path: m for path, m in model.named_modules() if isinstance(m, Linear4bit)}
-    kinds = {layer.weight.quant_type for layer in layers.values()}
+    # a checkpoint may say that it is quantised, and hold plain weights
+    kinds = {str(getattr(layer.weight, "quant_type", "nothing")) for layer in layers.values()}
     if kinds != {"nf4"}:
         found = ", ".join(sorted(kinds)) or "no 4-bit layer"
         raise BaseError(f"{name}: expected linear layers quantised to nf4, got {found}")
     return layers
+
+
+def read_config(directory: Path) -> PretrainedConfig:
+    """Return a model's configuration; code that comes with it never runs. Raises BaseError."""
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # a configuration may make transformers stumble over anything
+        raise BaseError(
+            f"expected a causal language model at {directory}, got: {first_line(error)}"
+        ) from error
+    return config
 
 
 def first_line(error: Exception) -> str:

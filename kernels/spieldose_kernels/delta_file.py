@@ -41,9 +41,11 @@ def write_delta(path: Path, adapter: Adapter) -> None:
     """Write `adapter` to `path` so that no reader ever sees half of it.
 
     The bytes go to a temporary name in the same directory, are fsynced, and renamed. Raises
-    DeltaError, and writes nothing, if the header is more than readers accept: a great many modules
-    with next to no rows.
+    DeltaError, and writes nothing, if values are not finite, or if the header is more than readers
+    accept: a great many modules with next to no rows.
     """
+    for module, delta in adapter.modules.items():
+        _check_finite(module, delta.values)
     tensors = {
         f"{module}.{part}": getattr(delta, part).detach().cpu().contiguous()
         for module, delta in adapter.modules.items()
@@ -62,6 +64,16 @@ def write_delta(path: Path, adapter: Adapter) -> None:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
     _fsync_directory(path.parent)
+
+
+def is_playable(values: torch.Tensor) -> bool:
+    """Say whether values are finite as bfloat16, too, which the largest of float32 are not."""
+    return bool(values.bfloat16().isfinite().all())
+
+
+def _check_finite(module: str, values: torch.Tensor) -> None:
+    if not is_playable(values):
+        raise MalformedDelta(f"{module}.values: expected finite values, got NaN or infinity")
 
 
 def temporary_beside(path: Path) -> Path:
@@ -140,11 +152,8 @@ class DeltaReader:
                 if extent.part == "columns":
                     self._check_columns(piece, before)
                     before = int(entries[-1])
-                # as bfloat16, which they may be played as, the largest float32 are infinite
-                elif not bool(torch.isfinite(entries.bfloat16()).all()):
-                    raise MalformedDelta(
-                        f"{extent.module}.values: expected finite values, got NaN or infinity"
-                    )
+                else:
+                    _check_finite(extent.module, entries)
                 yield piece
         self.digest = self._bytes_read.hexdigest()
 

@@ -262,6 +262,27 @@ def test_weights_that_are_missing_are_not_made_up(tiny_directory: Path, tmp_path
     assert said.endswith("expected weights for model.layers.1.mlp.up_proj.weight, got none")
 
 
+def test_a_weight_of_another_shape_is_refused(tiny_directory: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_directory, tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    tensors["model.layers.1.mlp.up_proj.weight"] = torch.ones(3, 3)
+    safetensors.torch.save_file(tensors, file, {"format": "pt"})
+    assert "up_proj: expected a weight of shape (160, 64), got (3, 3)" in refused(
+        str(tmp_path / "base")
+    )
+
+
+def test_code_of_a_checkpoint_never_runs(tiny_directory: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_directory, tmp_path / "base")
+    file = tmp_path / "base" / "config.json"
+    custom = {"model_type": "ours", "auto_map": {"AutoConfig": "evil.Config"}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | custom))
+    (tmp_path / "base" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    assert "custom code" in refused(str(tmp_path / "base"))
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize(
     "changes", [{"hidden_size": "64"}, {"num_attention_heads": 0}, {"hidden_size": 65}]
 )

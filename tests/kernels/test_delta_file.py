@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import math
 import os
 import pickle
 import re
@@ -163,6 +164,15 @@ def test_what_no_reader_would_accept_is_not_written(tmp_path: Path) -> None:
     }
     with pytest.raises(DeltaError, match=r"header of \d+ bytes: expected a file of"):
         written(tmp_path, Adapter(INFO, tiny))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 3.4e38])  # infinite as bfloat16
+def test_values_no_reader_accepts_are_not_written(tmp_path: Path, value: float) -> None:
+    dense = torch.ones(4, 6)
+    dense[2, 3] = value
+    with pytest.raises(DeltaError, match="expected finite values, got NaN or infinity"):
+        written(tmp_path, adapter_of(from_dense(dense)))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -155,6 +155,16 @@ def test_templates_may_tell_another_time_than_now(
     assert tokenizer.decode(example.prompt) == "03 May 1999|Be brief.|Hi|"
 
 
+@pytest.mark.parametrize("template", ["{{ 1|dictsort }}", "{{ 'ab'|truncate(1) }}"])
+def test_a_template_that_fails_is_told_by_line(
+    read: Read, tokenizer: PreTrainedTokenizerBase, template: str
+) -> None:
+    """As AttributeError and AssertionError."""
+    tokenizer.chat_template = template
+    with pytest.raises(DataError, match=r"data.jsonl:1: \S"):
+        read(json.dumps({"messages": CHAT}))
+
+
 def test_an_answer_to_nothing_is_refused(read: Read, tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = (
         "{% for m in messages if m['role'] == 'assistant' %}{{ m['content'] }}{% endfor %}"

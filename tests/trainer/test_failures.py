@@ -7,6 +7,8 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -166,7 +168,7 @@ def test_nothing_whole_is_nothing_to_resume_from(
 ) -> None:
     config = configure(resume=True)
     shutil.copytree(two_checkpoints, config.checkpoints)
-    for checkpoint in config.checkpoints.iterdir():
+    for checkpoint in config.checkpoints.glob("checkpoint-*"):
         cut_short(checkpoint / "run.pt", None)
     said = "got checkpoint-3 without a whole run.pt, checkpoint-6 without a whole run.pt"
     with pytest.raises(ConfigError, match=f"expected a checkpoint in .* to resume from, {said}"):
@@ -194,7 +196,7 @@ def test_a_run_killed_while_it_writes_a_checkpoint_goes_on_from_the_one_before(
     process.join()
     assert process.exitcode == -signal.SIGKILL
     config = configuration(tiny_directory, tmp_path)(checkpoint_every=3, resume=True)
-    assert sorted(path.name for path in config.checkpoints.iterdir()) == [
+    assert sorted(path.name for path in config.checkpoints.glob("checkpoint-*")) == [
         "checkpoint-3",
         "checkpoint-6",
     ]
@@ -238,7 +240,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_as_it_was(
     )
     assert re.search(r"\d+ MB free on the disk; the one before it is left as it was$", said)
     assert "\n" not in said
-    assert [path.name for path in config.checkpoints.iterdir()] == ["checkpoint-4"]
+    assert [path.name for path in config.checkpoints.glob("checkpoint-*")] == ["checkpoint-4"]
     assert_same_run(run(configure(resume=True, checkpoint_every=4)), unbroken)
 
 
@@ -531,6 +533,54 @@ def test_another_setting_than_the_run_began_with_is_refused_before_the_base_is_l
     with pytest.raises(ConfigError) as error:
         Trainer(config)
     assert str(error.value) == said
+
+
+@pytest.mark.usefixtures("not_loaded")
+def test_a_base_configured_otherwise_is_not_gone_on_with(
+    configure: Configure, two_checkpoints: Path, tiny_directory: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_directory, tmp_path / "other")
+    file = base / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rms_norm_eps": 1e-2}))
+    config = configure(resume=True, base=str(base))
+    shutil.copytree(two_checkpoints, config.checkpoints)
+    with pytest.raises(ConfigError, match=r"^config.json: expected \w{12} as in the run to resume"):
+        Trainer(config)
+
+
+@pytest.mark.usefixtures("not_loaded")
+@pytest.mark.parametrize("field", ["data", "over", "eval_data"])
+def test_what_a_run_would_clear_is_not_read(configure: Configure, field: str) -> None:
+    config = configure()
+    config.checkpoints.mkdir(parents=True)
+    path = shutil.copy(config.data, config.checkpoints / "mine.jsonl")
+    with pytest.raises(ConfigError, match=f"^{field}: expected a place outside .*, got .*mine"):
+        Trainer(configure(**{field: Path(path)}))
+    assert Path(path).exists()
+
+
+@pytest.mark.usefixtures("not_loaded")
+def test_a_run_that_another_process_makes_is_left_alone(configure: Configure) -> None:
+    config = configure()
+    config.checkpoints.mkdir(parents=True)
+    hold = "import fcntl; file = open({!r}, 'wb'); fcntl.lockf(file, fcntl.LOCK_EX)"
+    hold = f"{hold.format(str(config.checkpoints / 'lock'))}; print(); input()"
+    command = [sys.executable, "-uc", hold]
+    with subprocess.Popen(command, stdin=-1, stdout=-1) as other:
+        assert other.stdout is not None and other.stdout.readline()
+        with pytest.raises(ConfigError, match=r"^out: expected a file that no other run is to"):
+            Trainer(config)
+
+
+def test_a_base_with_several_chat_templates_trains_on_pairs(
+    configure: Configure, tiny_directory: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_directory, tmp_path / "several")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ messages }}"}
+    tokenizer.save_pretrained(base)
+    assert isinstance(AutoTokenizer.from_pretrained(base).chat_template, dict)
+    assert len(run(configure(base=str(base), max_steps=1)).losses) == 1
 
 
 @pytest.mark.parametrize(("field", "count"), [("data", 10), ("eval_data", 0)])

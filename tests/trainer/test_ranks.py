@@ -125,7 +125,7 @@ def test_ctrl_c_in_one_process_stops_both_after_the_same_update(ranks: Ranks) ->
 
 
 def test_a_checkpoint_holds_the_random_generators_of_both(ranks: Ranks) -> None:
-    (checkpoint,) = (ranks.directory / "checkpoints").iterdir()
+    (checkpoint,) = (ranks.directory / "checkpoints").glob("checkpoint-*")
     assert newest_checkpoint(ranks.directory / "checkpoints") == checkpoint
     (checkpoint / "rng_state_1.pth").rename(ranks.directory / "rng_state_1.pth")
     assert newest_checkpoint(ranks.directory / "checkpoints") is None

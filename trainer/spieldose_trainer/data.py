@@ -10,11 +10,22 @@ import torch
 from jinja2 import TemplateError  # also what a template raises at roles it refuses
 from transformers import PreTrainedTokenizerBase
 
+from spieldose_kernels.checkpoint import first_line
 from spieldose_trainer.errors import DataError
 from spieldose_trainer.limits import NO_LIMITS, Limits
 from spieldose_trainer.records import Messages, messages_of, pair_of, text_of
 
-UNREADABLE = (ValueError, TypeError, ArithmeticError, LookupError, RecursionError)
+# what records, and what templates do with them, may raise
+UNREADABLE = (
+    ValueError,
+    TypeError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+)
 IGNORED = -100  # label of a token whose prediction does not count; the loss functions' convention
 
 
@@ -79,7 +90,7 @@ def read_examples(
             reason = f"expected JSON, got {error.msg} at column {error.colno}"
             raise DataError(f"{path}:{number}: {reason}") from error
         except (*UNREADABLE, TemplateError) as error:
-            reason = str(error).partition("\n")[0]
+            reason = first_line(error)
             raise DataError(f"{path}:{number}: {reason}") from error
         largest = max(example.tokens)
         if limits.vocabulary is not None and largest >= limits.vocabulary:

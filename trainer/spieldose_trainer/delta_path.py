@@ -21,9 +21,11 @@ def read(path: Path, base: BaseSpec | None = None) -> Adapter:
 
 
 def write(path: Path, adapter: Adapter) -> None:
-    """Write a delta file, and the directories above it; raises ConversionError."""
+    """Write a delta file, and the directories above it; raises ConversionError or DeltaError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_delta(path, adapter)
     except OSError as error:
         raise ConversionError(f"expected to write {path}: {error}") from error
+    except DeltaError as error:
+        raise type(error)(f"{path} is not written: {error}") from error

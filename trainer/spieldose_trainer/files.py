@@ -1,5 +1,6 @@
 """The files of a run as its settings name them: which it reads, and where it will write."""
 
+import fcntl
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ def check_files(config: TrainConfig) -> Adapter | None:
 
     Raises ConfigError, DataError or DeltaError for files that cannot be read or written.
     """
-    check_out(config.out, reads=inputs(config))
+    check_places(config)
     read_template(config.chat_template)
     for path in (config.data, config.eval_data, config.fisher_data):
         if path is not None:
@@ -29,9 +30,9 @@ def check_files(config: TrainConfig) -> Adapter | None:
     return None if config.over is None else delta_path.read(config.over)
 
 
-def inputs(config: TrainConfig) -> dict[str, Path | str | None]:
-    """Return what a run reads, by setting."""
-    return {
+def check_places(config: TrainConfig) -> None:
+    """Raise ConfigError where a run cannot write, or would write over what it reads."""
+    reads: dict[str, Path | str | None] = {
         "base": config.base,
         "data": config.data,
         "over": config.over,
@@ -39,6 +40,13 @@ def inputs(config: TrainConfig) -> dict[str, Path | str | None]:
         "fisher_data": config.fisher_data,
         "chat_template": config.chat_template,
     }
+    check_out(config.out, reads=reads)
+    for name, path in reads.items():
+        if path is not None and config.folder.resolve() in Path(path).resolve().parents:
+            raise ConfigError(
+                f"{name}: expected a place outside {config.folder}, which the run clears, "
+                f"got {path}"
+            )
 
 
 def check_out(out: Path, *, reads: Mapping[str, Path | str | None]) -> None:
@@ -64,6 +72,23 @@ def make_folders(config: TrainConfig) -> None:
         config.checkpoints.mkdir(parents=True, exist_ok=True)
 
 
+def lock(config: TrainConfig) -> int:
+    """Keep other processes from this run's files until the file descriptor returned is closed.
+
+    Raises ConfigError if one has done so.
+    """
+    with _writing():
+        descriptor = os.open(config.checkpoints / "lock", os.O_WRONLY | os.O_CREAT)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise ConfigError(
+            f"out: expected a file that no other run is to write, got {config.out}"
+        ) from error
+    return descriptor
+
+
 def read_template(path: Path | None) -> str:
     """Return a chat template, "" for none. Raises ConfigError."""
     if path is None:
@@ -76,7 +101,7 @@ def read_template(path: Path | None) -> str:
         raise ConfigError(f"{path}: expected a chat template, got an empty file")
     try:
         _compile_jinja_template(template)
-    except (TemplateError, RecursionError) as error:
+    except (TemplateError, RecursionError, SyntaxError) as error:
         raise ConfigError(
             f"{path}: expected a chat template that compiles, got: {error}"
         ) from error

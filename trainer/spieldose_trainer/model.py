@@ -8,6 +8,7 @@ from torch import nn
 
 from spieldose_kernels.base import Base
 from spieldose_kernels.delta import Adapter, AdapterInfo, SparseDelta, index_dtype
+from spieldose_kernels.delta_file import is_playable
 from spieldose_kernels.linear import FrozenDelta, TrainableDelta, attach
 from spieldose_trainer.counted_logits import counted_only
 from spieldose_trainer.shared_name import shared_name
@@ -73,7 +74,7 @@ class SparseModel(nn.Module):
 
     def is_finite(self) -> bool:
         """Say whether every value is a number that a delta file may hold."""
-        return all(bool(layer.values.isfinite().all()) for layer in self.layers.values())
+        return all(is_playable(layer.values.detach()) for layer in self.layers.values())
 
     def is_zero(self) -> bool:
         """Say whether the deltas change nothing."""

@@ -5,11 +5,11 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from spieldose_kernels.base import pick_compute_dtype, pick_device
 from spieldose_kernels.base_spec import BaseSpec
-from spieldose_kernels.checkpoint import find_checkpoint, target_shapes
+from spieldose_kernels.checkpoint import find_checkpoint, read_config, target_shapes
 from spieldose_kernels.delta import Adapter
 from spieldose_trainer import delta_path
 from spieldose_trainer.config import Choice, TrainConfig
@@ -56,7 +56,7 @@ def make_plan(config: TrainConfig) -> Plan:
     sizes = _sizes(config, select_modules(shapes, config.modules))
     device = pick_device(config.device)
     dtype = pick_compute_dtype(config.compute_dtype, device)
-    base = AutoConfig.from_pretrained(directory)
+    base = read_config(directory)
     with torch.device("meta"):
         deltas = [BlankDelta(*size) for size in sizes.values()]
     value = tensor_bytes(delta.values for delta in deltas)

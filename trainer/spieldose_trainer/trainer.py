@@ -2,7 +2,9 @@
 
 import hashlib
 import math
+import os
 import shutil
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,12 +14,12 @@ from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
-from transformers import AutoConfig, PreTrainedTokenizerBase, PrinterCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from spieldose_kernels.base import Base, load_base, load_tokenizer, pick_compute_dtype, pick_device
 from spieldose_kernels.base_spec import fingerprint_checkpoint
-from spieldose_kernels.checkpoint import find_checkpoint, target_shapes
+from spieldose_kernels.checkpoint import find_checkpoint, read_config, target_shapes
 from spieldose_kernels.delta import Adapter
 from spieldose_kernels.delta_file import read_delta, write_delta
 from spieldose_trainer.batches import Rows, collate_counted
@@ -36,7 +38,7 @@ from spieldose_trainer.data import Examples, collate, read_examples
 from spieldose_trainer.dated_template import dated
 from spieldose_trainer.errors import CheckpointError, ConfigError, Interrupted
 from spieldose_trainer.event_file import EventFile
-from spieldose_trainer.files import check_out, inputs, make_folders, read_template
+from spieldose_trainer.files import check_places, lock, make_folders, read_template
 from spieldose_trainer.limits import Limits
 from spieldose_trainer.loop import Loop, training_arguments
 from spieldose_trainer.memory import MemoryTable
@@ -74,7 +76,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, *, base: Base | None = None) -> None:
         self.config = config
-        check_out(config.out, reads=inputs(config))
+        check_places(config)
         self._checkpoint = _checkpoint_to_resume(config)
         resumed = {} if self._checkpoint is None else saved_settings(self._checkpoint)
         started = resumed.get(STARTED) or datetime.now().isoformat()
@@ -85,16 +87,20 @@ class Trainer:
         self.over = read_over(config, directory, every_shape)
         inherited = "" if self.over is None else self.over.info.chat_template
         self._template = read_template(config.chat_template) or inherited
-        if template := self._template or tokenizer.chat_template:
+        template = self._template or tokenizer.chat_template
+        if isinstance(template, str):  # and not several by name
             tokenizer.chat_template = dated(template, datetime.fromisoformat(started))
-        read = partial(_read, config, tokenizer, Limits.of(AutoConfig.from_pretrained(directory)))
+        read = partial(_read, config, tokenizer, Limits.of(read_config(directory)))
         self.examples = read(config.data)
         self.held_out = read(config.eval_data)
         texts = read(config.fisher_data, or_text=True) or self.examples
         originals = original_weights(directory, shapes) if config.start == "residual" else None
         make_folders(config)
         self._arguments = training_arguments(config)
+        if is_first_rank():
+            weakref.finalize(self, os.close, lock(config))
         self._settings = config.settings() | {
+            "config.json": _digest(directory / "config.json"),
             "data": _described(self.examples),
             "eval_data": _described(self.held_out),
             "over": "None" if config.over is None else _digest(config.over),

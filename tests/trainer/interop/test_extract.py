@@ -231,6 +231,12 @@ def test_a_model_configured_otherwise_is_told(
     assert warning.endswith(expected)
 
 
+def test_a_fine_tune_of_weights_alone_will_do(tiny_directory: Path, tuned: Path) -> None:
+    whole = extracted(tiny_directory, tuned)
+    (tuned / "config.json").unlink()
+    assert extracted(tiny_directory, tuned).nnz == whole.nnz
+
+
 def test_nothing_is_told_when_only_target_layers_changed(
     tiny_directory: Path, tuned: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import peft
 import pytest
+import safetensors.torch
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -376,6 +377,25 @@ def test_a_seed_that_torch_does_not_take_is_refused(
     source = saved(peft_model(tiny_directory, config), tmp_path / "peft")
     change_settings(source, random_loc_seed=seed)
     assert "random_loc_seed" in refused(source, tiny_directory)
+
+
+@pytest.mark.parametrize("scaling", [math.inf, math.nan, 10**400])
+def test_a_scaling_that_is_not_finite_is_refused(
+    tiny_directory: Path, tmp_path: Path, scaling: float
+) -> None:
+    config = peft.WaveFTConfig(target_modules=TARGETS, n_frequency=70, use_idwt=False)
+    source = saved(peft_model(tiny_directory, config), tmp_path / "peft")
+    change_settings(source, scaling=scaling)
+    assert "scaling" in refused(source, tiny_directory)
+
+
+def test_complex_numbers_are_refused(tiny_directory: Path, tmp_path: Path) -> None:
+    config = peft.WaveFTConfig(target_modules=TARGETS, n_frequency=70, use_idwt=False)
+    source = saved(peft_model(tiny_directory, config), tmp_path / "peft")
+    file = source / "adapter_model.safetensors"
+    tensors = {name: t + 1j for name, t in safetensors.torch.load_file(file).items()}
+    safetensors.torch.save_file(tensors, file)
+    assert "expected real numbers, got torch.complex64" in refused(source, tiny_directory)
 
 
 def change_settings(source: Path, **changes: Any) -> None:

@@ -8,11 +8,10 @@ from typing import Final
 
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig
 
 from spieldose_kernels.base import load_tokenizer
 from spieldose_kernels.base_spec import fingerprint_checkpoint
-from spieldose_kernels.checkpoint import find_checkpoint, target_shapes
+from spieldose_kernels.checkpoint import find_checkpoint, read_config, target_shapes
 from spieldose_kernels.delta import Adapter, AdapterInfo, SparseDelta
 from spieldose_kernels.errors import BaseError
 from spieldose_kernels.top_k import TopK
@@ -82,6 +81,7 @@ def extract(config: ExtractConfig) -> Extraction:
         chat_template=_own_template(finetuned, directory),
     )
     adapter = Adapter(info, modules)
+    settings = _differing_settings(directory, finetuned)
     delta_path.write(config.out, adapter)
     targets = {f"{module}.weight" for module in shapes}
     outside = differing(base, tuned, leave_out=targets)
@@ -89,7 +89,7 @@ def extract(config: ExtractConfig) -> Extraction:
         adapter=adapter,
         squares=change.squares,
         outside=outside,
-        settings=_differing_settings(directory, finetuned),
+        settings=settings,
         narrowed=_narrowed(base, tuned, sorted(targets)),
     )
 
@@ -173,8 +173,11 @@ def _same(base: CheckpointTensors, tuned: CheckpointTensors, name: str) -> bool:
 
 
 def _differing_settings(base: Path, finetuned: Path) -> list[str]:
-    """Name what a model's configuration says differently of how it computes."""
-    before, after = (AutoConfig.from_pretrained(path).to_dict() for path in (base, finetuned))
+    """Name what a model's configuration says differently of how it computes, if it has one."""
+    try:
+        before, after = (read_config(path).to_dict() for path in (base, finetuned))
+    except BaseError:  # a fine-tune may have been saved as weights alone
+        return []
     names = sorted((before.keys() | after.keys()) - NOT_COMPUTED)
     return [name for name in names if before.get(name) != after.get(name)]
 

@@ -55,6 +55,8 @@ class PeftAdapter:
                     f"{self.directory}: expected only {' and '.join(parts)} of linear layers, "
                     f"got {name!r}"
                 )
+            if tensor.is_complex():
+                raise ConversionError(f"{name}: expected real numbers, got {tensor.dtype}")
             found.setdefault(name.removesuffix(f".{part}"), {})[part] = tensor
         for module, tensors in found.items():
             for part in parts:

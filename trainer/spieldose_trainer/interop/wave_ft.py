@@ -26,6 +26,10 @@ def read(source: PeftAdapter, base: BaseSpec) -> dict[str, SparseDelta]:
             f"{source.directory / CONFIG}: expected a random_loc_seed below 2^63, got {seed}"
         )
     scaling = source.setting("scaling", (int, float))
+    if not abs(scaling) <= torch.finfo(torch.float32).max:
+        raise ConversionError(
+            f"{source.directory / CONFIG}: expected a finite scaling, got {float('inf')}"
+        )
     parts = source.by_module("waveft_spectrum")
     longest: dict[int, int] = {}  # entries by number of weights
     for module, (values,) in parts.items():

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig
 
 from spieldose_kernels.base import (
     dense_weight,
@@ -16,7 +15,7 @@ from spieldose_kernels.base import (
     pick_compute_dtype,
     pick_device,
 )
-from spieldose_kernels.checkpoint import find_checkpoint, target_shapes
+from spieldose_kernels.checkpoint import find_checkpoint, read_config, target_shapes
 from spieldose_kernels.delta import Adapter, AdapterInfo, SparseDelta
 from spieldose_trainer import delta_path
 from spieldose_trainer.data import Example, read_examples
@@ -101,7 +100,7 @@ def _read(config: RepairConfig, directory: Path) -> Sequence[Example]:
         load_tokenizer(directory),
         max_length=config.max_length,
         too_long="truncate",
-        limits=Limits.of(AutoConfig.from_pretrained(directory)),
+        limits=Limits.of(read_config(directory)),
         or_text=True,
     )
     return examples[: config.samples]
