@@ -124,6 +124,7 @@ class Residency:
         """Take note that fewer requests use a version; free it if it has to leave and can."""
         must_leave = version.retired or version.leaving
         if version.slot is not None and must_leave and version.playing == 0:
+            self.evictions += not version.retired
             self._unload(version)
         self._freed.set()
 

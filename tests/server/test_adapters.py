@@ -1,5 +1,6 @@
 """Adapters come, change and go while requests run."""
 
+import json
 import shutil
 import threading
 import time
@@ -306,15 +307,24 @@ def write_bad(path: Path, adapter: Adapter, kind: str) -> None:
         row = int((delta.row_starts.diff() > 1).nonzero()[0])
         first = int(delta.row_starts[row])
         delta.columns[first + 1] = delta.columns[first]
-    elif kind == "nan":
-        delta.values[0] = torch.nan
     write_delta(path, adapter)
-    if kind == "truncated":
+    if kind in ("truncated", "nan"):
         scratch = path.with_suffix(".part")
         shutil.copy(path, scratch)
         path.unlink()
-        scratch.write_bytes(scratch.read_bytes()[:-100])
+        scratch.write_bytes(spoilt(scratch.read_bytes(), kind))
         scratch.rename(path)
+
+
+def spoilt(payload: bytes, kind: str) -> bytes:
+    """Return a delta file cut short, or with what `write_delta` does not write."""
+    if kind == "truncated":
+        return payload[:-100]
+    start = 8 + int.from_bytes(payload[:8], "little")
+    entries = json.loads(payload[8:start])
+    first = next(entry for name, entry in entries.items() if name.endswith(".values"))
+    at = start + first["data_offsets"][0]
+    return payload[:at] + b"\xff" * 4 + payload[at + 4 :]
 
 
 def _parts(payload: bytes, count: int) -> list[bytes]:

@@ -380,6 +380,24 @@ def test_no_adapter_has_to_leave_before_it_has_played(on_shelf: Callable[..., An
         assert hall.order == ["a", "b"]
 
 
+def test_one_that_left_because_it_was_asked_to_was_evicted(on_shelf: Callable[..., Any]) -> None:
+    @on_shelf("a", "b", slots=1)
+    async def _(shelf: Shelf) -> None:
+        loads: list[float] = []
+        shelf.residency.loaded = loads.append
+        hall = Hall(shelf.residency)
+
+        async def go_on() -> None:
+            while "b" not in hall.order:
+                await hall.play(shelf.store, "a")
+
+        busy = [asyncio.create_task(go_on()) for _ in range(3)]  # somebody always needs it
+        while len(hall.order) < 3:
+            await asyncio.sleep(0)
+        await asyncio.gather(hall.play(shelf.store, "b"), *busy)
+        assert shelf.residency.evictions == len(loads) - 1 >= 1
+
+
 def test_an_adapter_asked_to_leave_may_stay_if_there_is_room_after_all(
     on_shelf: Callable[..., Any],
 ) -> None:
