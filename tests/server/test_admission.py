@@ -35,10 +35,12 @@ class NoSlots:
 class Hall:
     """Requests that take their turns and are served so many tokens."""
 
-    def __init__(self, residency: Any = None, **limits: Any) -> None:
+    def __init__(self, residency: Any = None, *, pause: float = 0.0, **limits: Any) -> None:
+        """Take, beside limits, the seconds of a switch: a loop that spins starves the loader."""
         self.admission = Admission(Limits(**DEFAULTS | limits), residency or NoSlots())
         self.order: list[str] = []
         self.most = 0  # at once
+        self._pause = pause
 
     async def ask(
         self, tenant: str, lease: Lease | None = None, *, cost: int = 10, name: str = ""
@@ -53,7 +55,7 @@ class Hall:
             self.order.append(name)
             self.most = max(self.most, self.admission.running)
             for _ in range(3):
-                await asyncio.sleep(0)
+                await asyncio.sleep(self._pause)
                 assert turn.version is None or turn.version.slot is not None
 
     async def play(
@@ -309,7 +311,7 @@ def test_steady_streams_do_not_keep_a_waiting_adapter_out(
 ) -> None:
     @on_shelf("a", "b", "c", "d", slots=slots)
     async def _(shelf: Shelf) -> None:
-        hall = Hall(shelf.residency, running=4)
+        hall = Hall(shelf.residency, running=4, pause=0.001)
         stop = asyncio.Event()
 
         async def stream(name: str) -> None:
@@ -385,7 +387,7 @@ def test_one_that_left_because_it_was_asked_to_was_evicted(on_shelf: Callable[..
     async def _(shelf: Shelf) -> None:
         loads: list[float] = []
         shelf.residency.loaded = loads.append
-        hall = Hall(shelf.residency)
+        hall = Hall(shelf.residency, pause=0.001)
 
         async def go_on() -> None:
             while "b" not in hall.order:
