@@ -1,6 +1,7 @@
 """Every command refuses what it does not know in one line."""
 
 import os
+import signal
 import subprocess
 import sys
 from importlib.metadata import EntryPoint, entry_points
@@ -84,3 +85,18 @@ def test_what_an_encoding_lacks_is_written_out() -> None:
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
     assert done.stdout == b"\\u266b\n"
+
+
+@pytest.mark.parametrize(("interrupted", "status"), [("import", -signal.SIGINT), ("run", 130)])
+def test_ctrl_c_leaves_no_traceback(interrupted: str, status: int) -> None:
+    code = {
+        "import": "class Press:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name.endswith('.command_line'): signal.raise_signal(signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Press())\n",
+        "run": "from spieldose_server import command_line\n"
+        "command_line.main = lambda: signal.raise_signal(signal.SIGINT)\n",
+    }[interrupted]
+    code = f"import signal, sys\nfrom spieldose_server import __main__\n{code}__main__.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (status, b"")

@@ -28,7 +28,7 @@ def read(source: PeftAdapter, base: BaseSpec) -> dict[str, SparseDelta]:
     scaling = source.setting("scaling", (int, float))
     if not abs(scaling) <= torch.finfo(torch.float32).max:
         raise ConversionError(
-            f"{source.directory / CONFIG}: expected a finite scaling, got {float('inf')}"
+            f"{source.directory / CONFIG}: expected a scaling that float32 holds, got another"
         )
     parts = source.by_module("waveft_spectrum")
     longest: dict[int, int] = {}  # entries by number of weights
