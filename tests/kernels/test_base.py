@@ -273,7 +273,10 @@ def test_a_weight_of_another_shape_is_refused(tiny_directory: Path, tmp_path: Pa
     )
 
 
-def test_code_of_a_checkpoint_never_runs(tiny_directory: Path, tmp_path: Path) -> None:
+def test_code_of_a_checkpoint_never_runs(
+    tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # to whoever would ask
     shutil.copytree(tiny_directory, tmp_path / "base")
     file = tmp_path / "base" / "config.json"
     custom = {"model_type": "ours", "auto_map": {"AutoConfig": "evil.Config"}}
